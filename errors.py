@@ -1,0 +1,16 @@
+"""Luna's errors: what a user can mend is a ``LunaInputError``, what the run itself could not do is a ``LunaRuntimeError``.
+
+Messages name the input, what was given and what to do.
+"""
+
+
+class LunaError(Exception):
+    """Base of every error Luna raises on purpose."""
+
+
+class LunaInputError(LunaError, ValueError):
+    """An input that cannot be used; raised before any sampling starts."""
+
+
+class LunaRuntimeError(LunaError, RuntimeError):
+    """Something that went wrong while working, for example not enough memory for a single row."""

@@ -1,4 +1,4 @@
-"""Luna Refinement: ComfyUI nodes that refine pictures in pixel space, one batch, every row anchored by its own image."""
+"""Luna Refinement: ComfyUI nodes that refine pictures in pixel space, in one batch with an anchor per row."""
 
 from comfy_api.latest import ComfyExtension, io
 

@@ -1,4 +1,4 @@
-"""Luna's errors: what a user can mend is a ``LunaInputError``, what the run itself could not do is a ``LunaRuntimeError``.
+"""Luna's errors: what a user can mend is a ``LunaInputError``, what the run could not do is a ``LunaRuntimeError``.
 
 Messages name the input, what was given and what to do.
 """

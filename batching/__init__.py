@@ -1,1 +1,1 @@
-"""From regions of a picture to one sampled batch and back: plan, crops, noise, conditioning, memory, sampling, paste."""
+"""From regions of a picture to one sampled batch and back: plan, crops, noise, conditioning, sampling, paste."""

@@ -1,0 +1,46 @@
+"""What all node files share: socket types, a schema that fits every supported ComfyUI, notices on the node."""
+
+import dataclasses
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+
+log = logging.getLogger("luna")
+
+LunaDetections = io.Custom("LUNA_DETECTIONS")
+LunaConcepts = io.Custom("LUNA_CONCEPTS")
+LunaLayerWeights = io.Custom("LUNA_LAYER_WEIGHTS")
+LunaSAM3 = io.Custom("LUNA_SAM3")
+IPAdapterType = io.Custom("IPADAPTER")
+
+_SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def luna_schema(*, search_aliases: list[str] | None = None, **fields: Any) -> io.Schema:
+    """An ``io.Schema``; ``search_aliases`` is passed on only where the running ComfyUI knows the field."""
+    if search_aliases and "search_aliases" in _SCHEMA_FIELDS:
+        fields["search_aliases"] = search_aliases
+    return io.Schema(**fields)
+
+
+def notice(*lines: str) -> dict[str, tuple[str, ...]]:
+    """Shows ``lines`` on the node that is running and logs them as warnings.
+
+    Returns the node's ``ui`` dict, so that the same text stands in the queue's history for API clients.
+    Without a server (a node called from Python) only the log and the returned dict carry it.
+    """
+    for line in lines:
+        log.warning(line)
+    _show_on_node("\n".join(lines))
+    return {"text": tuple(lines)}
+
+
+def _show_on_node(text: str) -> None:
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
+    context = get_executing_context()
+    server = getattr(PromptServer, "instance", None)
+    if context is not None and server is not None:
+        server.send_progress_text(text, context.node_id)

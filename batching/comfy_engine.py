@@ -1,0 +1,163 @@
+"""The engine on ComfyUI: VAE, samplers, memory, progress and the IP-Adapter patch for each chunk of rows."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LunaRuntimeError
+from ..ip_adapter import RowEmbeds
+from ..ip_adapter.comfy_patch import IPAdapter, encode_rows, patch_model
+from .comfy_progress import SamplingProgress
+from .comfy_sampling import (
+    ROWS_ALONE,
+    SamplingSettings,
+    is_out_of_memory,
+    prepared_noise,
+    rows_that_fit,
+    sample_rows,
+    schedule,
+)
+from .noise import row_noise
+from .refine import EncodedRows
+
+log = logging.getLogger("luna")
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """How rows are anchored by their own pictures.
+
+    Attributes:
+        adapter: the IP-Adapter.
+        clip_vision: ComfyUI's CLIP vision model.
+        weight: strength of the anchor.
+        start_percent, end_percent: part of the schedule, 0..1.
+    """
+
+    adapter: IPAdapter
+    clip_vision: Any
+    weight: float
+    start_percent: float
+    end_percent: float
+
+
+class ComfyEngine:
+    """Runs a refinement on ComfyUI's models; see ``refine.Engine``.
+
+    Args:
+        model, vae: ComfyUI's MODEL and VAE; never modified.
+        positive, negative: conditioning.
+        settings: sampler settings.
+        chunk_size: rows per sampling call; 0 = as many as fit.
+        anchor: image anchors, or None for text only.
+        total_rows: rows of the whole run, for the progress bar.
+    """
+
+    rows_per_batch = 8
+
+    def __init__(
+        self,
+        model: Any,
+        vae: Any,
+        positive: list[Any],
+        negative: list[Any],
+        settings: SamplingSettings,
+        chunk_size: int,
+        anchor: Anchor | None,
+        total_rows: int,
+    ):
+        self.model = model
+        self.vae = vae
+        self.positive = positive
+        self.negative = negative
+        self.settings = settings
+        self.chunk_size = chunk_size
+        self.anchor_settings = anchor
+        self._sigmas = schedule(model, settings)
+        self._progress = SamplingProgress(model, total_rows, max(0, len(self._sigmas) - 1))
+
+    def anchor(self, crops: Tensor) -> RowEmbeds | None:
+        if self.anchor_settings is None:
+            return None
+        return encode_rows(self.anchor_settings.adapter, self.anchor_settings.clip_vision, crops)
+
+    def join_anchors(self, parts: Sequence[object | None]) -> RowEmbeds | None:
+        embeds = [part for part in parts if isinstance(part, RowEmbeds)]
+        return RowEmbeds.concat(embeds) if embeds else None
+
+    def encode(self, crops: Tensor) -> Tensor:
+        return self.vae.encode(crops)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents)[..., :3].to(device="cpu", dtype=torch.float32)
+
+    def sample(self, rows: EncodedRows) -> Tensor:
+        """Samples all rows in as few calls as memory allows; after an out-of-memory the chunk is halved."""
+        total = len(rows.regions)
+        chunk = self._chunk(rows)
+        done: list[Tensor] = []
+        start = 0
+        while start < total:
+            stop = min(start + chunk, total)
+            result = self._try_chunk(rows, start, stop)
+            if result is None:
+                if stop - start == 1:
+                    raise self._no_room(rows)
+                chunk = (stop - start + 1) // 2
+                log.warning("not enough memory for %d rows at once, going on with %d", stop - start, chunk)
+                continue
+            done.append(result)
+            self._progress.rows_done(stop - start)
+            start = stop
+        return torch.cat(done)
+
+    def _chunk(self, rows: EncodedRows) -> int:
+        if self.settings.sampler_name in ROWS_ALONE:
+            return 1
+        return self.chunk_size or min(len(rows.regions), rows_that_fit(self.model, rows.latents.shape[1:]))
+
+    def _try_chunk(self, rows: EncodedRows, start: int, stop: int) -> Tensor | None:
+        """One sampling call for rows start..stop-1; None when it does not fit in memory."""
+        try:
+            return self._sample_chunk(rows, start, stop)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+        # outside the except block, so that the traceback no longer holds the tensors of the failed call
+        return None
+
+    def _sample_chunk(self, rows: EncodedRows, start: int, stop: int) -> Tensor:
+        latents = rows.latents[start:stop]
+        seeds = [region.seed for region in rows.regions[start:stop]]
+        model = self.model
+        if self.anchor_settings is not None and isinstance(rows.anchors, RowEmbeds):
+            model = patch_model(
+                model,
+                self.anchor_settings.adapter,
+                rows.anchors.rows(start, stop),
+                weight=self.anchor_settings.weight,
+                start_percent=self.anchor_settings.start_percent,
+                end_percent=self.anchor_settings.end_percent,
+            )
+        return sample_rows(
+            model,
+            latents,
+            prepared_noise(row_noise(seeds, latents.shape[1:])),
+            self.positive,
+            self.negative,
+            self.settings,
+            self._sigmas,
+            seeds,
+            callback=self._progress.callback(stop - start),
+        )
+
+    def _no_room(self, rows: EncodedRows) -> LunaRuntimeError:
+        height, width = rows.regions[0].working_size
+        return LunaRuntimeError(
+            f"there is not enough memory to sample even one {width}x{height} px crop: "
+            "choose a smaller crop_size, close other programs that use the GPU, or start ComfyUI with --lowvram"
+        )

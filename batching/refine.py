@@ -1,0 +1,171 @@
+"""The refinement itself: for each pass cut, anchor, encode, sample, decode and paste; the same for every refiner."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import LunaRuntimeError
+from .crops import cut, paste
+from .plan import RefinePlan, Region
+
+log = logging.getLogger("luna")
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Regions of one working size, ready to be sampled.
+
+    Attributes:
+        regions: the rows.
+        latents: [N,c,h,w].
+        anchors: what the engine made of the crops to anchor the rows (image embeddings), or None.
+    """
+
+    regions: tuple[Region, ...]
+    latents: Tensor
+    anchors: object | None
+
+
+class Engine(Protocol):
+    """What the refinement needs of the models; one implementation knows ComfyUI."""
+
+    @property
+    def rows_per_batch(self) -> int:
+        """How many crops to hold at a time while encoding and decoding."""
+        ...
+
+    def anchor(self, crops: Tensor) -> object | None:
+        """Image embeddings of crops [n,H,W,3]; None when rows are not anchored."""
+        ...
+
+    def join_anchors(self, parts: Sequence[object | None]) -> object | None:
+        """The anchors of several batches of crops as one."""
+        ...
+
+    def encode(self, crops: Tensor) -> Tensor:
+        """Latents [n,c,h,w] of crops [n,H,W,3]."""
+        ...
+
+    def sample(self, rows: EncodedRows) -> Tensor:
+        """Refined latents [N,c,h,w]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [n,H,W,3] of latents [n,c,h,w]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The outcome of a refinement.
+
+    Attributes:
+        image: [B,H,W,C] float32.
+        mask: [B,H,W] float32, the paste weight of all regions together.
+        crops_before, crops_after: one [H,W,3] per row, at its working size; empty when not kept.
+    """
+
+    image: Tensor
+    mask: Tensor
+    crops_before: tuple[Tensor, ...]
+    crops_after: tuple[Tensor, ...]
+
+
+def refine(image: Tensor, plan: RefinePlan, engine: Engine, keep_crops: bool = False) -> Refined:
+    """Carries out a plan on a picture batch.
+
+    Args:
+        image: [B,H,W,C] in 0..1, C 3 or 4 (alpha is kept as it is); not modified.
+        plan: made for a batch of this size.
+        engine: the models.
+        keep_crops: also return every crop before and after.
+
+    Raises:
+        LunaRuntimeError: the VAE or the model gave values that are not numbers.
+    """
+    canvas = image.to(torch.float32).clone()
+    colours = canvas[..., :3]
+    mask = torch.zeros(canvas.shape[:3])
+    before: dict[int, Tensor] = {}
+    after: dict[int, Tensor] = {}
+    for rows in plan.passes:
+        encoded = [_encode(batch, colours, engine, before if keep_crops else None) for batch in plan.batches(rows)]
+        sampled: dict[int, Tensor] = {}
+        for batch in encoded:
+            latents = engine.sample(batch)
+            sampled.update((region.row, latent) for region, latent in zip(batch.regions, latents, strict=True))
+        for region, picture in _decode(plan.paste_order(rows), sampled, engine):
+            weights = region.weights.draw(region.paste)
+            paste(colours[region.image_index], picture, region.crop, region.paste, weights)
+            _mark(mask[region.image_index], region, weights)
+            if keep_crops:
+                after[region.row] = picture
+    return Refined(
+        canvas,
+        mask,
+        tuple(before[region.row] for region in plan.regions if keep_crops),
+        tuple(after[region.row] for region in plan.regions if keep_crops),
+    )
+
+
+def _encode(
+    regions: Sequence[Region], colours: Tensor, engine: Engine, before: dict[int, Tensor] | None
+) -> EncodedRows:
+    """Anchors all crops first and encodes them after, so that each model is loaded once; crops are cut anew."""
+
+    def crops_of(part: Sequence[Region]) -> Tensor:
+        return torch.stack([cut(colours[r.image_index], r.crop, *r.working_size) for r in part])
+
+    parts = list(_parts(regions, engine.rows_per_batch))
+    anchors = engine.join_anchors([engine.anchor(crops_of(part)) for part in parts])
+    latents = []
+    for part in parts:
+        crops = crops_of(part)
+        latents.append(engine.encode(crops))
+        if before is not None:
+            before.update((region.row, crop) for region, crop in zip(part, crops, strict=True))
+    return EncodedRows(tuple(regions), _finite(torch.cat(latents), "encoding the crops with vae"), anchors)
+
+
+def _decode(regions: Sequence[Region], sampled: dict[int, Tensor], engine: Engine) -> Iterator[tuple[Region, Tensor]]:
+    """Decodes in paste order, a few rows of one size at a time."""
+    for same_size in _runs(regions):
+        for part in _parts(same_size, engine.rows_per_batch):
+            latents = _finite(torch.stack([sampled.pop(region.row) for region in part]), "sampling with model")
+            yield from zip(part, _finite(engine.decode(latents), "decoding with vae"), strict=True)
+
+
+def _runs(regions: Sequence[Region]) -> Iterator[list[Region]]:
+    run: list[Region] = []
+    for region in regions:
+        if run and run[-1].working_size != region.working_size:
+            yield run
+            run = []
+        run.append(region)
+    if run:
+        yield run
+
+
+def _parts(regions: Sequence[Region], size: int) -> Iterator[Sequence[Region]]:
+    for start in range(0, len(regions), size):
+        yield regions[start : start + size]
+
+
+def _mark(mask: Tensor, region: Region, weights: Tensor) -> None:
+    """Adds a region to the refined mask [H,W] the way pastes add up: what is left over of 1 shrinks by each weight."""
+    box = region.paste
+    window = mask[box.y1 : box.y2, box.x1 : box.x2]
+    window.add_((1 - window) * weights)
+
+
+def _finite(values: Tensor, stage: str) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise LunaRuntimeError(
+            f"{stage} gave values that are not numbers (NaN or infinity), which would leave black regions: "
+            "start ComfyUI with --fp32-vae or --force-upcast-attention, or use another model or vae"
+        )
+    return values

@@ -1,0 +1,53 @@
+"""Input checks at the nodes' door: everything that can be known to fail is said before a model is loaded."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LunaInputError
+
+
+def check_image(image: Tensor, name: str = "image") -> None:
+    """An IMAGE must be [B,H,W,3] or [B,H,W,4], hold at least one picture, and hold numbers only.
+
+    Raises:
+        LunaInputError: naming the input, what was given and what to do.
+    """
+    if image.ndim != 4 or image.shape[-1] not in (3, 4):
+        raise LunaInputError(
+            f"{name} has shape {list(image.shape)}: a picture batch [B,H,W,3], or [B,H,W,4] with alpha, is needed"
+        )
+    if 0 in image.shape:
+        raise LunaInputError(f"{name} has shape {list(image.shape)}: it holds no picture")
+    if not torch.isfinite(image).all():
+        raise LunaInputError(
+            f"{name} holds values that are not numbers (NaN or infinity): "
+            "a node before this one failed, often a VAE decoding in half precision"
+        )
+
+
+def check_models(model: Any, vae: Any, working_px: int) -> None:
+    """The VAE's latents must be the model's, two-dimensional, and the working size must fit them.
+
+    Args:
+        model: ComfyUI MODEL.
+        vae: ComfyUI VAE.
+        working_px: side of the crops or tiles, px.
+
+    Raises:
+        LunaInputError: naming the input, what was given and what to do.
+    """
+    latent_format = model.get_model_object("latent_format")
+    if getattr(vae, "latent_dim", 2) != 2 or getattr(latent_format, "latent_dimensions", 2) != 2:
+        raise LunaInputError(
+            "model and vae work on video latents (5-D): Luna refines still pictures, use an image model and its vae"
+        )
+    if vae.latent_channels != latent_format.latent_channels:
+        raise LunaInputError(
+            f"vae makes latents of {vae.latent_channels} channels, model takes {latent_format.latent_channels}: "
+            "use the vae that belongs to the model"
+        )
+    ratio = vae.spacial_compression_encode()
+    if isinstance(ratio, int) and working_px % ratio:
+        raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {ratio}")

@@ -1,0 +1,194 @@
+"""Semantic Detailer: every detection becomes one row of one batch and is refined in one sampling call."""
+
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..batching.comfy_engine import ComfyEngine
+from ..batching.comfy_sampling import SamplingSettings
+from ..batching.crops import resample
+from ..batching.plan import AUTO_SIZES, MASK_MODES, CropSettings, plan_detections
+from ..batching.refine import refine
+from .anchors import anchor_inputs, choose_anchor
+from .checks import check_image, check_models
+from .schema import LunaDetections, luna_schema, notice
+
+
+def sampling_inputs(denoise: float) -> list[Any]:
+    """The inputs every refiner shares: models, conditioning and a KSampler's settings."""
+    return [
+        io.Model.Input("model", tooltip="The model that refines. It is left unmodified."),
+        io.Vae.Input("vae", tooltip="The model's VAE: crops are encoded afresh from px, never sliced from a latent."),
+        io.Conditioning.Input("positive", tooltip="What the refined regions should show."),
+        io.Conditioning.Input("negative", tooltip="What they should not show."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Seed of the run. Each region's noise depends on it and on the region's place alone.",
+        ),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps."),
+        io.Float.Input(
+            "cfg",
+            default=6.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance: how strongly positive is followed. 1 skips the negative and halves the work.",
+        ),
+        io.Combo.Input(
+            "sampler_name",
+            options=list(comfy.samplers.SAMPLER_NAMES),
+            default="dpmpp_2m",
+            tooltip="ComfyUI's sampler. Stochastic ones draw their noise per region.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=list(comfy.samplers.SCHEDULER_NAMES),
+            default="karras",
+            tooltip="How the noise levels are spread over the steps.",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=denoise,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much is changed: 0 returns the picture as it is, 0.2 to 0.5 refines, 1 draws anew.",
+        ),
+    ]
+
+
+class LunaSemanticDetailer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return luna_schema(
+            node_id="LunaSemanticDetailer",
+            display_name="Semantic Detailer (Luna)",
+            category="Luna/Refine",
+            description="Refines every detection of a picture in one batched sampling call, each anchored by its own "
+            "IP-Adapter embedding, and pastes the results back with soft edges.",
+            search_aliases=["face detailer", "adetailer", "refine", "inpaint crop", "detail", "hand fix"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture or batch of pictures to refine. Alpha is kept as it is."),
+                LunaDetections.Input("detections", tooltip="The regions to refine. None: the picture passes through."),
+                *sampling_inputs(denoise=0.4),
+                io.Int.Input(
+                    "crop_size",
+                    default=1024,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Side in px at which each square crop is refined; regions are scaled to it and back. "
+                    f"0 = automatic: {', '.join(map(str, AUTO_SIZES))}, one batch per size, so small regions cost less.",
+                ),
+                io.Float.Input(
+                    "padding",
+                    default=0.15,
+                    min=0.0,
+                    max=8.0,
+                    step=0.01,
+                    tooltip="Context around each box, as a fraction of its longer side, on each side.",
+                ),
+                io.Int.Input(
+                    "feather",
+                    default=32,
+                    min=0,
+                    max=1024,
+                    tooltip="Width in px of the picture of the soft edge. It lies outside the mask as far as the crop "
+                    "has room, and never covers more than a quarter of a small region.",
+                ),
+                io.Combo.Input(
+                    "mask_mode",
+                    options=list(MASK_MODES),
+                    default="mask",
+                    tooltip="mask: paste what the detection's mask covers. box: paste its whole box.",
+                ),
+                io.Int.Input(
+                    "chunk_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="Regions per sampling call; 0 = as many as fit in memory, ideally all. "
+                    "It changes memory and speed, never the result.",
+                ),
+                *anchor_inputs(weight=0.5),
+            ],
+            outputs=[
+                io.Image.Output("refined_image", display_name="image", tooltip="The picture with refined regions."),
+                io.Mask.Output("refined_mask", display_name="refined_mask", tooltip="What was pasted, 0 to 1."),
+                io.Image.Output("crops_before", display_name="crops_before", tooltip="Each region as it was."),
+                io.Image.Output("crops_after", display_name="crops_after", tooltip="Each region refined."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        detections: Any,
+        model: Any,
+        vae: Any,
+        positive: list[Any],
+        negative: list[Any],
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
+        crop_size: int,
+        padding: float,
+        feather: int,
+        mask_mode: Any,
+        chunk_size: int,
+        ip_adapter: Any = None,
+        clip_vision: Any = None,
+        ip_adapter_weight: float = 0.5,
+        ip_adapter_start: float = 0.0,
+        ip_adapter_end: float = 1.0,
+    ) -> io.NodeOutput:
+        check_image(image)
+        count, height, width, _ = image.shape
+        settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
+        crops = CropSettings(crop_size, padding, feather, mask_mode)
+        found = detections.scaled_to(width, height)
+        plan = plan_detections(found.items, width, height, count, crops, seed)
+        if not plan.regions:
+            return _unchanged(image, crops, notice("detections holds no regions: the picture passes through unchanged"))
+        if denoise == 0:
+            return _unchanged(image, crops, notice("denoise is 0: the picture passes through unchanged"))
+        check_models(model, vae, crop_size)
+        anchor, warnings = choose_anchor(
+            model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end
+        )
+        engine = ComfyEngine(model, vae, positive, negative, settings, chunk_size, anchor, total_rows=len(plan.regions))
+        refined = refine(image, plan, engine, keep_crops=True)
+        return io.NodeOutput(
+            refined.image,
+            refined.mask,
+            _as_batch(refined.crops_before),
+            _as_batch(refined.crops_after),
+            ui=notice(*warnings) if warnings else None,
+        )
+
+
+def _as_batch(crops: tuple[Tensor, ...]) -> Tensor:
+    """Crops [H,W,3] of any working sizes as one batch at the largest of them."""
+    side = max(crop.shape[0] for crop in crops)
+    return torch.stack([resample(crop, side, side) for crop in crops])
+
+
+def _unchanged(image: Tensor, crops: CropSettings, ui: dict[str, Any]) -> io.NodeOutput:
+    side = crops.crop_size or AUTO_SIZES[-1]
+    nothing = torch.zeros(0, side, side, 3)
+    return io.NodeOutput(image, torch.zeros(image.shape[:3]), nothing, nothing, ui=ui)
+
+
+NODES = (LunaSemanticDetailer,)

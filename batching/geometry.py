@@ -61,10 +61,8 @@ def place_span(centre: float, length: int, limit: int) -> tuple[int, int]:
 
     A span longer than ``limit`` is centred on the picture and reaches past both ends.
     """
-    if length >= limit:
-        start = -((length - limit) // 2)
-    else:
-        start = min(max(round(centre - length / 2), 0), limit - length)
+    inside = min(max(round(centre - length / 2), 0), limit - length)
+    start = inside if length < limit else -((length - limit) // 2)
     return start, start + length
 
 

@@ -1,4 +1,4 @@
-"""How strongly a refined crop is pasted at each px: masks drawn over windows of the picture, and smoothstep feathers."""
+"""How strongly a refined crop is pasted at each px: masks drawn over the picture, and smoothstep feathers."""
 
 import math
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ class TileWeights:
 
     Attributes:
         tile: the tile, px.
-        fade_px: width of the fade at the left, top, right and bottom edge; 0 where the tile ends at the picture's border.
+        fade_px: width of the fade at the left, top, right and bottom edge; 0 at the picture's border.
     """
 
     tile: Box
@@ -135,7 +135,7 @@ def _shift_edge(drawn: Tensor, offset: float) -> Tensor:
 
 
 def _running_max(x: Tensor, radius: int) -> Tensor:
-    """Maximum over ``2*radius+1`` neighbours of the last dimension, by doubling: log2(radius) passes over the tensor."""
+    """Maximum over ``2*radius+1`` neighbours of the last dimension, by doubling: log2(radius) passes."""
     x = F.pad(x, (radius, radius, 0, 0), mode="replicate")
     reach, size = 1, 2 * radius + 1
     while reach < size:

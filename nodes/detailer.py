@@ -86,7 +86,7 @@ class LunaSemanticDetailer(io.ComfyNode):
                     max=4096,
                     step=8,
                     tooltip="Side in px at which each square crop is refined; regions are scaled to it and back. "
-                    f"0 = automatic: {', '.join(map(str, AUTO_SIZES))}, one batch per size, so small regions cost less.",
+                    f"0 = automatic: {', '.join(map(str, AUTO_SIZES))}, one batch per size: small regions cost less.",
                 ),
                 io.Float.Input(
                     "padding",

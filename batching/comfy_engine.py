@@ -21,8 +21,10 @@ from .comfy_sampling import (
     sample_rows,
     schedule,
 )
-from .noise import row_noise
+from .noise import row_generator, row_noise
+from .plan import RefinePlan, Region
 from .refine import EncodedRows
+from .scaffold import scaffold_slice
 
 log = logging.getLogger("luna")
 
@@ -54,7 +56,9 @@ class ComfyEngine:
         settings: sampler settings.
         chunk_size: rows per sampling call; 0 = as many as fit.
         anchor: image anchors, or None for text only.
-        total_rows: rows of the whole run, for the progress bar.
+        plan: what will be refined.
+        mask_latent: also hold the latent outside each region's paste weight while sampling.
+        noise_scaffold: [1 or B,c,H,W] noise of the whole picture, or None for noise of each row's own.
     """
 
     rows_per_batch = 8
@@ -68,7 +72,9 @@ class ComfyEngine:
         settings: SamplingSettings,
         chunk_size: int,
         anchor: Anchor | None,
-        total_rows: int,
+        plan: RefinePlan,
+        mask_latent: bool = False,
+        noise_scaffold: Tensor | None = None,
     ):
         self.model = model
         self.vae = vae
@@ -77,8 +83,11 @@ class ComfyEngine:
         self.settings = settings
         self.chunk_size = chunk_size
         self.anchor_settings = anchor
+        self.mask_latent = mask_latent
+        self.noise_scaffold = noise_scaffold
+        self._picture = (plan.height, plan.width)
         self._sigmas = schedule(model, settings)
-        self._progress = SamplingProgress(model, total_rows, max(0, len(self._sigmas) - 1))
+        self._progress = SamplingProgress(model, len(plan.regions), max(0, len(self._sigmas) - 1))
 
     def anchor(self, crops: Tensor) -> RowEmbeds | None:
         if self.anchor_settings is None:
@@ -132,7 +141,7 @@ class ComfyEngine:
 
     def _sample_chunk(self, rows: EncodedRows, start: int, stop: int) -> Tensor:
         latents = rows.latents[start:stop]
-        seeds = [region.seed for region in rows.regions[start:stop]]
+        regions = rows.regions[start:stop]
         model = self.model
         if self.anchor_settings is not None and isinstance(rows.anchors, RowEmbeds):
             model = patch_model(
@@ -146,14 +155,37 @@ class ComfyEngine:
         return sample_rows(
             model,
             latents,
-            prepared_noise(row_noise(seeds, latents.shape[1:])),
+            self._noise(regions, latents),
             self.positive,
             self.negative,
             self.settings,
             self._sigmas,
-            seeds,
+            [region.seed for region in regions],
+            denoise_mask=self._latent_mask(regions, latents),
             callback=self._progress.callback(stop - start),
         )
+
+    def _noise(self, regions: Sequence[Region], latents: Tensor) -> Tensor:
+        if self.noise_scaffold is None:
+            return prepared_noise(row_noise([region.seed for region in regions], latents.shape[1:]))
+        slices = [self._scaffold_slice(self.noise_scaffold, region, latents) for region in regions]
+        return prepared_noise(torch.stack(slices))
+
+    def _scaffold_slice(self, scaffold: Tensor, region: Region, latents: Tensor) -> Tensor:
+        cell_y, cell_x = self._picture[0] / scaffold.shape[-2], self._picture[1] / scaffold.shape[-1]
+        return scaffold_slice(
+            scaffold[region.image_index if scaffold.shape[0] > 1 else 0],
+            (region.crop.y1 / cell_y, region.crop.x1 / cell_x),
+            (region.crop.y2 / cell_y, region.crop.x2 / cell_x),
+            (latents.shape[-2], latents.shape[-1]),
+            row_generator(region.seed, "scaffold"),
+        )
+
+    def _latent_mask(self, regions: Sequence[Region], latents: Tensor) -> Tensor | None:
+        if not self.mask_latent:
+            return None
+        height, width = latents.shape[-2:]
+        return torch.stack([region.weights_over_crop(height, width)[None] for region in regions])
 
     def _no_room(self, rows: EncodedRows) -> LunaRuntimeError:
         height, width = rows.regions[0].working_size

@@ -103,6 +103,25 @@ def _step_noise(sampler_name: str, x: Tensor, sigmas: Tensor, seeds: Sequence[in
     return BrownianTreeNoiseSampler(x, positive.min(), sigmas.max(), seed=entropy, cpu=on_cpu)
 
 
+def differential_mask(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    """Turns a soft latent mask into differential diffusion (Levin & Fried 2023), px by px and row by row.
+
+    A px of value v joins the denoising when the share v of the schedule (in timesteps) is left; until then it is
+    held at the noised input. 1 is free from the first step on, 0 never.
+
+    Args:
+        sigma: [n], the step's noise level.
+        denoise_mask: [n,c,h,w] in 0..1.
+        extra_options: as ComfyUI passes them: the model and the sigmas of this run.
+    """
+    sampling = extra_options["model"].inner_model.model_sampling
+    sigmas = extra_options["sigmas"]
+    last = torch.maximum(sigmas[-1], torch.as_tensor(sampling.sigma_min).to(sigmas))
+    first, last, now = (sampling.timestep(value) for value in (sigmas[0], last, sigma[0]))
+    left = (now - last) / (first - last).clamp(min=1e-6)
+    return ((denoise_mask > 0) & (denoise_mask >= left.clamp(max=1) - 1e-6)).to(denoise_mask.dtype)
+
+
 def sample_rows(
     model: Any,
     latents: Tensor,
@@ -124,12 +143,16 @@ def sample_rows(
         settings: sampler, cfg and seed.
         sigmas: from ``schedule``.
         seeds: one per row.
-        denoise_mask: [n,1,h,w], 1 where the latent may change.
+        denoise_mask: [n,1,h,w] in 0..1, how much of the schedule the latent takes part in; a mask function that
+            the model already carries is kept.
         callback: called at each step with (step, denoised, x, total).
 
     Returns:
         [n,c,h,w] float32 on ComfyUI's intermediate device.
     """
+    if denoise_mask is not None and "denoise_mask_function" not in model.model_options:
+        model = model.clone()
+        model.set_model_denoise_mask_function(differential_mask)
     return comfy.sample.sample_custom(
         model,
         noise,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LunaInputError
@@ -13,6 +14,9 @@ from .weights import MaskWeights, PasteWeights
 
 MaskMode = Literal["mask", "box"]
 MASK_MODES: tuple[MaskMode, ...] = ("mask", "box")
+
+OverlapMode = Literal["together", "waves"]
+OVERLAP_MODES: tuple[OverlapMode, ...] = ("together", "waves")
 
 AUTO_SIZES = (512, 768, 1024)
 """Working sizes (px) that ``crop_size`` 0 chooses from: the sides common models were trained on."""
@@ -71,6 +75,11 @@ class Region:
         """(height, width) px."""
         return self.working_height, self.working_width
 
+    def weights_over_crop(self, height: int, width: int) -> Tensor:
+        """The paste weight over the crop, scaled to [height, width]; 0..1."""
+        drawn = self.weights.draw(self.crop)[None, None]
+        return F.interpolate(drawn, size=(height, width), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class RefinePlan:
@@ -110,12 +119,14 @@ class CropSettings:
         padding: context on each side, as a fraction of the box's longer side.
         feather_px: width of the paste edge, px of the picture.
         mask_mode: paste what the mask covers, or the whole box.
+        overlap_mode: all regions in one pass, or overlapping ones in later passes that see the earlier results.
     """
 
     crop_size: int = 1024
     padding: float = 0.15
     feather_px: int = 32
     mask_mode: MaskMode = "mask"
+    overlap_mode: OverlapMode = "together"
 
     def __post_init__(self) -> None:
         if self.crop_size < 0 or self.crop_size % 8:
@@ -126,6 +137,8 @@ class CropSettings:
             raise LunaInputError(f"feather is {self.feather_px}: use 0 px or more")
         if self.mask_mode not in MASK_MODES:
             raise LunaInputError(f"mask_mode is '{self.mask_mode}': use one of {', '.join(MASK_MODES)}")
+        if self.overlap_mode not in OVERLAP_MODES:
+            raise LunaInputError(f"overlap_mode is '{self.overlap_mode}': use one of {', '.join(OVERLAP_MODES)}")
 
 
 def plan_detections(
@@ -146,8 +159,31 @@ def plan_detections(
         _plan_region(row, detection, width, height, image_count, settings, seed)
         for row, detection in enumerate(detections)
     )
-    passes = (tuple(range(len(regions))),) if regions else ()
+    passes = waves(regions) if settings.overlap_mode == "waves" else _together(regions)
     return RefinePlan(width, height, image_count, regions, passes)
+
+
+def _together(regions: Sequence[Region]) -> tuple[tuple[int, ...], ...]:
+    return (tuple(range(len(regions))),) if regions else ()
+
+
+def waves(regions: Sequence[Region]) -> tuple[tuple[int, ...], ...]:
+    """Passes in which no crop sees what another of the same pass writes.
+
+    Greedy colouring of the overlap graph in row order: each region goes into the first pass that has room for it.
+    """
+    passes: list[list[Region]] = []
+    for region in regions:
+        home = next((rows for rows in passes if not any(_touch(region, other) for other in rows)), None)
+        if home is None:
+            passes.append([region])
+        else:
+            home.append(region)
+    return tuple(tuple(region.row for region in rows) for rows in passes)
+
+
+def _touch(a: Region, b: Region) -> bool:
+    return a.image_index == b.image_index and (a.crop.overlaps(b.paste) or b.crop.overlaps(a.paste))
 
 
 def _plan_region(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaRuntimeError
-from .crops import cut, paste
+from .blend import Blend, multiband
+from .color import ColorMatch, match_color
+from .crops import cut, paste, resample
 from .plan import RefinePlan, Region
 
 log = logging.getLogger("luna")
@@ -60,6 +62,19 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
+class PasteSettings:
+    """How refined crops go back onto the picture.
+
+    Attributes:
+        blend: a weighted paste, or a multiband blend inside the same region.
+        color_match: how colours are taken back to those of the input picture.
+    """
+
+    blend: Blend = "feather"
+    color_match: ColorMatch = "none"
+
+
+@dataclass(frozen=True)
 class Refined:
     """The outcome of a refinement.
 
@@ -75,13 +90,20 @@ class Refined:
     crops_after: tuple[Tensor, ...]
 
 
-def refine(image: Tensor, plan: RefinePlan, engine: Engine, keep_crops: bool = False) -> Refined:
+def refine(
+    image: Tensor,
+    plan: RefinePlan,
+    engine: Engine,
+    settings: PasteSettings = PasteSettings(),
+    keep_crops: bool = False,
+) -> Refined:
     """Carries out a plan on a picture batch.
 
     Args:
         image: [B,H,W,C] in 0..1, C 3 or 4 (alpha is kept as it is); not modified.
         plan: made for a batch of this size.
         engine: the models.
+        settings: how crops are pasted.
         keep_crops: also return every crop before and after.
 
     Raises:
@@ -99,8 +121,8 @@ def refine(image: Tensor, plan: RefinePlan, engine: Engine, keep_crops: bool = F
             latents = engine.sample(batch)
             sampled.update((region.row, latent) for region, latent in zip(batch.regions, latents, strict=True))
         for region, picture in _decode(plan.paste_order(rows), sampled, engine):
-            weights = region.weights.draw(region.paste)
-            paste(colours[region.image_index], picture, region.crop, region.paste, weights)
+            reference = image[region.image_index, ..., :3]
+            weights = _paste_back(colours[region.image_index], reference, picture, region, settings)
             _mark(mask[region.image_index], region, weights)
             if keep_crops:
                 after[region.row] = picture
@@ -137,6 +159,29 @@ def _decode(regions: Sequence[Region], sampled: dict[int, Tensor], engine: Engin
         for part in _parts(same_size, engine.rows_per_batch):
             latents = _finite(torch.stack([sampled.pop(region.row) for region in part]), "sampling with model")
             yield from zip(part, _finite(engine.decode(latents), "decoding with vae"), strict=True)
+
+
+def _paste_back(canvas: Tensor, reference: Tensor, picture: Tensor, region: Region, settings: PasteSettings) -> Tensor:
+    """Pastes one refined crop onto its image [H,W,3] and returns the paste weights used.
+
+    ``reference`` is the input picture, so that colours do not drift from pass to pass.
+    """
+    if settings.color_match != "none":
+        before = cut(reference.to(torch.float32), region.crop, *region.working_size)
+        weights = region.weights_over_crop(*region.working_size)
+        picture = match_color(picture, before, weights, settings.color_match)
+    weights = region.weights.draw(region.paste)
+    if settings.blend == "multiband":
+        window = region.paste.relative_to(region.crop)
+        full = resample(picture, region.crop.height, region.crop.width)
+        box = region.paste
+        below = canvas[box.y1 : box.y2, box.x1 : box.x2]
+        blended = multiband(below, full[window.y1 : window.y2, window.x1 : window.x2], weights)
+        # the coarse bands reach past the mask: they fade out where the paste weight does
+        below.lerp_(blended, (4 * weights).clamp(max=1)[..., None])
+    else:
+        paste(canvas, picture, region.crop, region.paste, weights)
+    return weights
 
 
 def _runs(regions: Sequence[Region]) -> Iterator[list[Region]]:

@@ -51,3 +51,25 @@ def check_models(model: Any, vae: Any, working_px: int) -> None:
     ratio = vae.spacial_compression_encode()
     if isinstance(ratio, int) and working_px % ratio:
         raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {ratio}")
+
+
+def check_scaffold(noise_scaffold: Any, model: Any, image_count: int) -> Tensor | None:
+    """The noise of a scaffold LATENT, [1 or image_count,c,H,W], or None when there is none.
+
+    Raises:
+        LunaInputError: its channels are not the model's, or its batch fits neither one nor all pictures.
+    """
+    if noise_scaffold is None:
+        return None
+    samples = noise_scaffold["samples"]
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise LunaInputError(
+            f"noise_scaffold has shape {list(samples.shape)}: model takes latents of {channels} channels, "
+            "make the scaffold with the model's own vae"
+        )
+    if samples.shape[0] not in (1, image_count):
+        raise LunaInputError(
+            f"noise_scaffold holds {samples.shape[0]} pictures, image holds {image_count}: make one, or one per picture"
+        )
+    return samples

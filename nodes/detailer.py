@@ -2,67 +2,20 @@
 
 from typing import Any
 
-import comfy.samplers
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..batching.blend import BLENDS
 from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_sampling import SamplingSettings
 from ..batching.crops import resample
-from ..batching.plan import AUTO_SIZES, MASK_MODES, CropSettings, plan_detections
-from ..batching.refine import refine
+from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, plan_detections
+from ..batching.refine import PasteSettings, refine
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_image, check_models
+from .checks import check_image, check_models, check_scaffold
+from .refiner_inputs import color_match_input, sampling_inputs, scaffold_input
 from .schema import LunaDetections, luna_schema, notice
-
-
-def sampling_inputs(denoise: float) -> list[Any]:
-    """The inputs every refiner shares: models, conditioning and a KSampler's settings."""
-    return [
-        io.Model.Input("model", tooltip="The model that refines. It is left unmodified."),
-        io.Vae.Input("vae", tooltip="The model's VAE: crops are encoded afresh from px, never sliced from a latent."),
-        io.Conditioning.Input("positive", tooltip="What the refined regions should show."),
-        io.Conditioning.Input("negative", tooltip="What they should not show."),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="Seed of the run. Each region's noise depends on it and on the region's place alone.",
-        ),
-        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps."),
-        io.Float.Input(
-            "cfg",
-            default=6.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance: how strongly positive is followed. 1 skips the negative and halves the work.",
-        ),
-        io.Combo.Input(
-            "sampler_name",
-            options=list(comfy.samplers.SAMPLER_NAMES),
-            default="dpmpp_2m",
-            tooltip="ComfyUI's sampler. Stochastic ones draw their noise per region.",
-        ),
-        io.Combo.Input(
-            "scheduler",
-            options=list(comfy.samplers.SCHEDULER_NAMES),
-            default="karras",
-            tooltip="How the noise levels are spread over the steps.",
-        ),
-        io.Float.Input(
-            "denoise",
-            default=denoise,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="How much is changed: 0 returns the picture as it is, 0.2 to 0.5 refines, 1 draws anew.",
-        ),
-    ]
 
 
 class LunaSemanticDetailer(io.ComfyNode):
@@ -119,6 +72,30 @@ class LunaSemanticDetailer(io.ComfyNode):
                     "It changes memory and speed, never the result.",
                 ),
                 *anchor_inputs(weight=0.5),
+                scaffold_input(),
+                io.Combo.Input(
+                    "overlap_mode",
+                    options=list(OVERLAP_MODES),
+                    default="together",
+                    optional=True,
+                    tooltip="together: one batch, overlapping results are blended. waves: overlapping regions run in "
+                    "later batches that already see the earlier results.",
+                ),
+                io.Combo.Input(
+                    "blend",
+                    options=list(BLENDS),
+                    default="feather",
+                    optional=True,
+                    tooltip="feather: one soft edge. multiband: coarse colours melt in widely, fine detail narrowly.",
+                ),
+                color_match_input(),
+                io.Boolean.Input(
+                    "mask_latent",
+                    default=True,
+                    optional=True,
+                    tooltip="Also hold the latent outside the mask while sampling, so that the surroundings guide the "
+                    "region; where the mask is soft, px join later (differential diffusion).",
+                ),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The picture with refined regions."),
@@ -153,11 +130,16 @@ class LunaSemanticDetailer(io.ComfyNode):
         ip_adapter_weight: float = 0.5,
         ip_adapter_start: float = 0.0,
         ip_adapter_end: float = 1.0,
+        noise_scaffold: Any = None,
+        overlap_mode: Any = "together",
+        blend: Any = "feather",
+        color_match: Any = "none",
+        mask_latent: bool = True,
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
         settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
-        crops = CropSettings(crop_size, padding, feather, mask_mode)
+        crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode)
         found = detections.scaled_to(width, height)
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
@@ -168,8 +150,19 @@ class LunaSemanticDetailer(io.ComfyNode):
         anchor, warnings = choose_anchor(
             model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end
         )
-        engine = ComfyEngine(model, vae, positive, negative, settings, chunk_size, anchor, total_rows=len(plan.regions))
-        refined = refine(image, plan, engine, keep_crops=True)
+        engine = ComfyEngine(
+            model,
+            vae,
+            positive,
+            negative,
+            settings,
+            chunk_size,
+            anchor,
+            plan,
+            mask_latent=mask_latent,
+            noise_scaffold=check_scaffold(noise_scaffold, model, count),
+        )
+        refined = refine(image, plan, engine, PasteSettings(blend, color_match), keep_crops=True)
         return io.NodeOutput(
             refined.image,
             refined.mask,

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from luna_refinement.batching.blend import multiband
+from luna_refinement.batching.color import match_color
+from skimage.data import astronaut
+
+
+def photograph() -> torch.Tensor:
+    return torch.from_numpy(astronaut()[64:192, 160:288]).float() / 255
+
+
+def disc(size: int = 128) -> torch.Tensor:
+    axis = torch.arange(size) - size / 2
+    return ((axis[:, None] ** 2 + axis[None] ** 2) < (size / 3) ** 2).float()
+
+
+def shifted(image: torch.Tensor) -> torch.Tensor:
+    """The photograph with a colour cast and weaker contrast, and new detail."""
+    detail = 0.05 * torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+    return (image * 0.7 + torch.tensor([0.2, 0.05, 0.0]) + detail).clamp(0, 1)
+
+
+def mean_difference(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> float:
+    difference = ((a - b) * weights[..., None]).sum((0, 1)) / weights.sum()
+    return float(difference.abs().max())
+
+
+@pytest.mark.parametrize("method", ["mean_std", "wavelet"])
+def test_color_match_removes_most_of_a_colour_shift(method: str) -> None:
+    image, weights = photograph(), disc()
+    cast = shifted(image)
+    before = mean_difference(cast, image, weights)
+    after = mean_difference(match_color(cast, image, weights, method), image, weights)
+    print(f"{method}: colour shift inside the mask {before:.4f} -> {after:.4f}")
+    assert before > 0.08
+    assert after < before / 8
+
+
+@pytest.mark.parametrize("method", ["mean_std", "wavelet"])
+def test_color_match_reads_nothing_outside_the_mask(method: str) -> None:
+    image, weights = photograph(), disc()
+    cast = shifted(image)
+    other = torch.where(weights[..., None] > 0, image, 1 - image)
+    inside = weights[..., None] > 0
+    first = match_color(cast, image, weights, method)
+    second = match_color(cast, other, weights, method)
+    assert torch.allclose(first[inside.expand_as(first)], second[inside.expand_as(second)], atol=1e-5)
+
+
+def test_color_match_keeps_detail_and_none_changes_nothing() -> None:
+    image, weights = photograph(), torch.ones(128, 128)
+    cast = shifted(image)
+    assert match_color(cast, image, weights, "none") is cast
+    kept = match_color(cast, image, weights, "wavelet")
+    detail = (cast - image * 0.7).diff(dim=0).flatten()
+    seen = (kept - image).diff(dim=0).flatten()
+    assert torch.corrcoef(torch.stack([detail, seen]))[0, 1] > 0.5
+
+
+def test_multiband_of_a_picture_with_itself_is_that_picture() -> None:
+    image = photograph()
+    assert (multiband(image, image, disc()) - image).abs().max() < 1e-5
+
+
+def test_multiband_spreads_a_brightness_step_wider_than_the_mask_edge() -> None:
+    dark, bright = torch.full((128, 128, 3), 0.3), torch.full((128, 128, 3), 0.6)
+    weights = torch.zeros(128, 128)
+    weights[:, 64:] = 1
+    row = multiband(dark, bright, weights)[64, :, 0]
+    assert row[:8].mean() == pytest.approx(0.3, abs=0.03)
+    assert row[-8:].mean() == pytest.approx(0.6, abs=0.03)
+    assert row.diff().max() < 0.05
+
+
+def test_multiband_keeps_fine_detail_of_each_side() -> None:
+    noise = 0.1 * torch.rand(128, 128, 3, generator=torch.Generator().manual_seed(2))
+    weights = torch.zeros(128, 128)
+    weights[:, 64:] = 1
+    blended = multiband(torch.full((128, 128, 3), 0.5), 0.5 + noise, weights)
+    assert blended[:, :48].diff(dim=0).abs().mean() < 0.1 * blended[:, 80:].diff(dim=0).abs().mean()

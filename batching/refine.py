@@ -110,19 +110,20 @@ def refine(
         LunaRuntimeError: the VAE or the model gave values that are not numbers.
     """
     canvas = image.to(torch.float32).clone()
-    colours = canvas[..., :3]
+    colours, original = canvas[..., :3], image[..., :3]
     mask = torch.zeros(canvas.shape[:3])
     before: dict[int, Tensor] = {}
     after: dict[int, Tensor] = {}
     for rows in plan.passes:
-        encoded = [_encode(batch, colours, engine, before if keep_crops else None) for batch in plan.batches(rows)]
+        encoded = [
+            _encode(batch, colours, original, engine, before if keep_crops else None) for batch in plan.batches(rows)
+        ]
         sampled: dict[int, Tensor] = {}
         for batch in encoded:
             latents = engine.sample(batch)
             sampled.update((region.row, latent) for region, latent in zip(batch.regions, latents, strict=True))
         for region, picture in _decode(plan.paste_order(rows), sampled, engine):
-            reference = image[region.image_index, ..., :3]
-            weights = _paste_back(colours[region.image_index], reference, picture, region, settings)
+            weights = _paste_back(colours[region.image_index], original[region.image_index], picture, region, settings)
             _mark(mask[region.image_index], region, weights)
             if keep_crops:
                 after[region.row] = picture
@@ -135,18 +136,21 @@ def refine(
 
 
 def _encode(
-    regions: Sequence[Region], colours: Tensor, engine: Engine, before: dict[int, Tensor] | None
+    regions: Sequence[Region], canvas: Tensor, original: Tensor, engine: Engine, before: dict[int, Tensor] | None
 ) -> EncodedRows:
-    """Anchors all crops first and encodes them after, so that each model is loaded once; crops are cut anew."""
+    """Anchors all crops first and encodes them after, so that each model is loaded once.
 
-    def crops_of(part: Sequence[Region]) -> Tensor:
-        return torch.stack([cut(colours[r.image_index], r.crop, *r.working_size) for r in part])
+    Rows are anchored by the input picture, and encoded from the canvas as earlier passes left it.
+    """
+
+    def crops_of(part: Sequence[Region], images: Tensor) -> Tensor:
+        return torch.stack([cut(images[r.image_index].float(), r.crop, *r.working_size) for r in part])
 
     parts = list(_parts(regions, engine.rows_per_batch))
-    anchors = engine.join_anchors([engine.anchor(crops_of(part)) for part in parts])
+    anchors = engine.join_anchors([engine.anchor(crops_of(part, original)) for part in parts])
     latents = []
     for part in parts:
-        crops = crops_of(part)
+        crops = crops_of(part, canvas)
         latents.append(engine.encode(crops))
         if before is not None:
             before.update((region.row, crop) for region, crop in zip(part, crops, strict=True))

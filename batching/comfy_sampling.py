@@ -189,8 +189,12 @@ def rows_that_fit(model: Any, latent_shape: Sequence[int]) -> int:
             if loaded.device == device and loaded.model is not None and not loaded.model.is_clone(model)
         )
         free -= max(0, model.model_size() - model.loaded_size())
-    one = 1.5 * model.memory_required([1, *latent_shape])
-    return max(1, int(free / max(1.0, one)))
+    return max(1, int(free / max(1, row_bytes(model, latent_shape))))
+
+
+def row_bytes(model: Any, latent_shape: Sequence[int]) -> int:
+    """ComfyUI's estimate of what one row takes while sampling, with the reserve its sampler keeps."""
+    return int(1.5 * model.memory_required([1, *latent_shape]))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

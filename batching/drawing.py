@@ -108,6 +108,7 @@ def describe(
         name = f" {region.label}" if region.label else ""
         lines.append(
             f"row {region.row}{name}: picture {region.image_index}, crop {crop.width}x{crop.height} px at "
-            f"({crop.x1}, {crop.y1}), refined at {region.working_width}x{region.working_height} px, score {region.score:.2f}"
+            f"({crop.x1}, {crop.y1}), refined at {region.working_width}x{region.working_height} px, "
+            f"score {region.score:.2f}"
         )
     return "\n".join(lines)

@@ -77,3 +77,22 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows, (R·Rᵀ)^(-1/2)·R."""
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     return (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T @ rows
+
+
+def pyramid_noise(shape: tuple[int, int, int], octaves: int, generator: torch.Generator) -> Tensor:
+    """Unit-variance noise [c,H,W]: white with one octave, with coarser noise added by each further one.
+
+    Octave k is white noise on a grid 2^k coarser, interpolated up and brought to unit variance; each weighs half as
+    much as the one before, and the sum is divided by the root of the summed squares.
+    """
+    channels, height, width = shape
+    noise = torch.randn(shape, generator=generator)
+    power = 1.0
+    for octave in range(1, octaves):
+        size = (max(2, height >> octave), max(2, width >> octave))
+        coarse = torch.randn(1, channels, *size, generator=generator)
+        grown = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)[0]
+        weight = 0.5**octave
+        noise = noise + weight * grown / grown.std().clamp(min=1e-6)
+        power += weight**2
+    return noise / power**0.5

@@ -35,7 +35,11 @@ def _lanczos(picture: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(planes, axis=-1)).clamp(0, 1)
 
 
-def target_size(width: int, height: int, longer_side: int, multiple_of: int) -> tuple[int, int]:
+def fitted_size(width: int, height: int, longer_side: int, multiple_of: int) -> tuple[int, int]:
     """(width, height) px whose longer side is ``longer_side``, both rounded to ``multiple_of``, at least one of it."""
     scale = longer_side / max(width, height)
-    return tuple(max(multiple_of, round(side * scale / multiple_of) * multiple_of) for side in (width, height))  # type: ignore[return-value]
+
+    def fitted(side: int) -> int:
+        return max(multiple_of, round(side * scale / multiple_of) * multiple_of)
+
+    return fitted(width), fitted(height)

@@ -1,5 +1,6 @@
 """Input checks at the nodes' door: everything that can be known to fail is said before a model is loaded."""
 
+import math
 from typing import Any
 
 import torch
@@ -53,23 +54,21 @@ def check_models(model: Any, vae: Any, working_px: int) -> None:
         raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {ratio}")
 
 
-def check_scaffold(noise_scaffold: Any, model: Any, image_count: int) -> Tensor | None:
-    """The noise of a scaffold LATENT, [1 or image_count,c,H,W], or None when there is none.
+def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | None:
+    """The noise of a scaffold LATENT, [1 or B,c,H,W] in latent px, or None when there is none.
 
     Raises:
-        LunaInputError: its channels are not the model's, or its batch fits neither one nor all pictures.
+        LunaInputError: its channels or size are not those the vae gives this picture, or its batch does not fit.
     """
     if noise_scaffold is None:
         return None
     samples = noise_scaffold["samples"]
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
+    count, height, width, _ = image.shape
+    ratio = vae.spacial_compression_encode()
+    wanted = (vae.latent_channels, math.ceil(height / ratio), math.ceil(width / ratio))
+    if tuple(samples.shape[1:]) != wanted or samples.shape[0] not in (1, count):
         raise LunaInputError(
-            f"noise_scaffold has shape {list(samples.shape)}: model takes latents of {channels} channels, "
-            "make the scaffold with the model's own vae"
-        )
-    if samples.shape[0] not in (1, image_count):
-        raise LunaInputError(
-            f"noise_scaffold holds {samples.shape[0]} pictures, image holds {image_count}: make one, or one per picture"
+            f"noise_scaffold has shape {list(samples.shape)}, but {count} picture(s) of {width}x{height} px need "
+            f"[1 or {count}, {wanted[0]}, {wanted[1]}, {wanted[2]}]: connect image and this vae to Luna Noise Scaffold"
         )
     return samples

@@ -160,7 +160,7 @@ class LunaSemanticDetailer(io.ComfyNode):
             anchor,
             plan,
             mask_latent=mask_latent,
-            noise_scaffold=check_scaffold(noise_scaffold, model, count),
+            noise_scaffold=check_scaffold(noise_scaffold, vae, image),
         )
         refined = refine(image, plan, engine, PasteSettings(blend, color_match), keep_crops=True)
         return io.NodeOutput(

@@ -1,0 +1,189 @@
+"""Chess Refiner: the whole picture as tiles on a chess pattern, even tiles first, then odd ones that see them."""
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..batching.comfy_engine import ComfyEngine
+from ..batching.comfy_sampling import SamplingSettings
+from ..batching.drawing import draw_plan
+from ..batching.grid import TileSettings, plan_tiles
+from ..batching.refine import PasteSettings, refine
+from ..batching.upscale import scale_image
+from ..errors import LunaInputError
+from .anchors import anchor_inputs, choose_anchor
+from .checks import check_image, check_models, check_scaffold
+from .refiner_inputs import color_match_input, sampling_inputs, scaffold_input
+from .schema import luna_schema, notice
+
+
+def tile_inputs() -> list[Any]:
+    """tile_size, min_overlap and feather of the grid."""
+    return [
+        io.Int.Input(
+            "tile_size",
+            default=1024,
+            min=64,
+            max=4096,
+            step=8,
+            tooltip="Side of a tile in px; tiles are refined at this size, so choose one the model was trained on.",
+        ),
+        io.Float.Input(
+            "min_overlap",
+            default=0.125,
+            min=0.0,
+            max=0.5,
+            step=0.005,
+            tooltip="Smallest overlap of neighbouring tiles, as a fraction of the tile. Tiles are spread evenly, so it "
+            "is often more.",
+        ),
+        io.Float.Input(
+            "feather",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Share of its half of the overlap over which each tile fades out. 0 = hard edges.",
+        ),
+    ]
+
+
+class LunaChessRefiner(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return luna_schema(
+            node_id="LunaChessRefiner",
+            display_name="Chess Refiner (Luna)",
+            category="Luna/Refine",
+            description="Refines a whole picture in overlapping tiles on a chess pattern: all even tiles in one "
+            "sampling call, then all odd tiles, which see the even ones. Each tile is anchored by its own picture.",
+            search_aliases=["tile refiner", "tiled upscale", "ultimate upscale", "4k refine", "tiled diffusion"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture or batch to refine, usually upscaled. Alpha is kept."),
+                *sampling_inputs(denoise=0.3),
+                *tile_inputs(),
+                io.Int.Input(
+                    "chunk_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="Tiles per sampling call; 0 = as many as fit in memory, a whole pass if it does. "
+                    "It changes memory and speed, never the result.",
+                ),
+                *anchor_inputs(weight=0.4),
+                io.Mask.Input(
+                    "refined_mask",
+                    optional=True,
+                    tooltip="What the Semantic Detailer has refined already: denoised less here.",
+                ),
+                io.Float.Input(
+                    "refined_strength",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Share of the denoise used where refined_mask is 1: 0 leaves it alone, 1 ignores the mask.",
+                ),
+                scaffold_input(),
+                io.Float.Input(
+                    "output_scale",
+                    default=1.0,
+                    min=0.1,
+                    max=4.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Scales the finished picture by Lanczos: 0.5 makes a crisp 2K picture of a refined 4K one.",
+                ),
+                color_match_input(),
+            ],
+            outputs=[
+                io.Image.Output("refined_image", display_name="image", tooltip="The refined picture."),
+                io.Image.Output("tile_plan", display_name="tile_plan", tooltip="The tiles, even and odd coloured."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        model: Any,
+        vae: Any,
+        positive: list[Any],
+        negative: list[Any],
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
+        tile_size: int,
+        min_overlap: float,
+        feather: float,
+        chunk_size: int,
+        ip_adapter: Any = None,
+        clip_vision: Any = None,
+        ip_adapter_weight: float = 0.4,
+        ip_adapter_start: float = 0.0,
+        ip_adapter_end: float = 1.0,
+        refined_mask: Tensor | None = None,
+        refined_strength: float = 0.5,
+        noise_scaffold: Any = None,
+        output_scale: float = 1.0,
+        color_match: Any = "none",
+    ) -> io.NodeOutput:
+        check_image(image)
+        count, height, width, _ = image.shape
+        settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
+        plan = plan_tiles(width, height, count, TileSettings(tile_size, min_overlap, feather), seed)
+        drawing = draw_plan(image, plan)
+        if denoise == 0:
+            warning = notice("denoise is 0: the picture is not refined")
+            return io.NodeOutput(_scaled(image, output_scale), drawing, ui=warning)
+        check_models(model, vae, tile_size)
+        anchor, warnings = choose_anchor(
+            model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end
+        )
+        engine = ComfyEngine(
+            model,
+            vae,
+            positive,
+            negative,
+            settings,
+            chunk_size,
+            anchor,
+            plan,
+            noise_scaffold=check_scaffold(noise_scaffold, vae, image),
+            denoise_share=_denoise_share(refined_mask, refined_strength, image),
+        )
+        refined = refine(image, plan, engine, PasteSettings(color_match=color_match))
+        return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)
+
+
+def _scaled(image: Tensor, scale: float) -> Tensor:
+    height, width = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[2] * scale))
+    return scale_image(image, height, width, "lanczos")
+
+
+def _denoise_share(mask: Tensor | None, strength: float, image: Tensor) -> Tensor | None:
+    """1 where the mask is 0, ``strength`` where it is 1: [1 or B,H,W] at the picture's size."""
+    if mask is None or strength >= 1:
+        return None
+    mask = mask if mask.ndim == 3 else mask[None]
+    count, height, width, _ = image.shape
+    if mask.shape[0] not in (1, count) or not torch.isfinite(mask).all():
+        raise LunaInputError(
+            f"refined_mask has shape {list(mask.shape)} for {count} picture(s): connect one mask, or one per picture"
+        )
+    if abs(mask.shape[2] * height - mask.shape[1] * width) > max(height, width):
+        raise LunaInputError(
+            f"refined_mask is {mask.shape[2]}x{mask.shape[1]} px, image {width}x{height} px: "
+            "their aspect differs, use the mask of this very picture"
+        )
+    mask = scale_image(mask[..., None].float(), height, width, "bicubic")[..., 0]
+    return 1 - (1 - strength) * mask.clamp(0, 1)
+
+
+NODES = (LunaChessRefiner,)

@@ -1,0 +1,118 @@
+"""The plan of either refiner, drawn and described without sampling anything."""
+
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..batching.comfy_sampling import row_bytes, rows_that_fit
+from ..batching.drawing import describe, draw_plan
+from ..batching.grid import TILE_ORDERS, TileSettings, plan_tiles
+from ..batching.plan import MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
+from .checks import check_image, check_models
+from .chess import tile_inputs
+from .schema import LunaDetections, luna_schema
+
+
+class LunaRefinePlan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return luna_schema(
+            node_id="LunaRefinePlan",
+            display_name="Refine Plan (Luna)",
+            category="Luna/Refine",
+            description="Shows what a refiner would do, without sampling: with detections the Semantic Detailer's "
+            "crops, without them the Chess Refiner's tiles. Regions of one pass have one colour.",
+            search_aliases=["dry run", "preview plan", "tile grid", "crops"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture or batch to plan for."),
+                io.Model.Input("model", tooltip="The model: tells how much memory a row takes."),
+                io.Vae.Input("vae", tooltip="The model's VAE: tells the latent's scale."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each call."),
+                io.Int.Input(
+                    "crop_size", default=1024, min=0, max=4096, step=8, tooltip="As on the Semantic Detailer; 0 = auto."
+                ),
+                io.Float.Input(
+                    "padding", default=0.15, min=0.0, max=8.0, step=0.01, tooltip="As on the Semantic Detailer."
+                ),
+                io.Int.Input("feather", default=32, min=0, max=1024, tooltip="As on the Semantic Detailer."),
+                io.Combo.Input(
+                    "mask_mode", options=list(MASK_MODES), default="mask", tooltip="As on the Semantic Detailer."
+                ),
+                io.Combo.Input(
+                    "overlap_mode",
+                    options=list(OVERLAP_MODES),
+                    default="together",
+                    tooltip="As on the Semantic Detailer.",
+                ),
+                *[_renamed(tile) for tile in tile_inputs()],
+                io.Combo.Input(
+                    "tile_order",
+                    options=list(TILE_ORDERS),
+                    default="chess",
+                    tooltip="chess is what the Chess Refiner does; linear and single are shown for comparison.",
+                ),
+                io.Int.Input("chunk_size", default=0, min=0, max=4096, tooltip="Rows per call; 0 = all that fit."),
+                LunaDetections.Input(
+                    "detections", optional=True, tooltip="Plan these regions; without it the tiles are planned."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("plan", display_name="plan", tooltip="The plan drawn over the picture."),
+                io.String.Output("summary", display_name="summary", tooltip="The plan as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        model: Any,
+        vae: Any,
+        steps: int,
+        crop_size: int,
+        padding: float,
+        feather: int,
+        mask_mode: Any,
+        overlap_mode: Any,
+        tile_size: int,
+        min_overlap: float,
+        tile_feather: float,
+        tile_order: Any,
+        chunk_size: int,
+        detections: Any = None,
+    ) -> io.NodeOutput:
+        check_image(image)
+        count, height, width, _ = image.shape
+        if detections is None:
+            check_models(model, vae, tile_size)
+            tiles = TileSettings(tile_size, min_overlap, tile_feather, tile_order)
+            plan = plan_tiles(width, height, count, tiles, seed=0)
+        else:
+            check_models(model, vae, crop_size)
+            crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode)
+            plan = plan_detections(detections.scaled_to(width, height).items, width, height, count, crops, seed=0)
+        summary = _summary(plan, model, vae, steps, chunk_size)
+        return io.NodeOutput(draw_plan(image, plan), summary, ui={"text": (summary,)})
+
+
+def _renamed(tile_input: Any) -> Any:
+    """The grid's ``feather`` is a fraction, the detailer's one is px: here both stand side by side."""
+    if tile_input.id == "feather":
+        tile_input.id = "tile_feather"
+    return tile_input
+
+
+def _summary(plan: RefinePlan, model: Any, vae: Any, steps: int, chunk_size: int) -> str:
+    ratio = vae.spacial_compression_encode()
+    sizes = {region.working_size for region in plan.regions}
+    shapes = {size: (vae.latent_channels, size[0] // ratio, size[1] // ratio) for size in sizes}
+    return describe(
+        plan,
+        steps,
+        {size: chunk_size or rows_that_fit(model, shape) for size, shape in shapes.items()},
+        {size: row_bytes(model, shape) for size, shape in shapes.items()},
+    )
+
+
+NODES = (LunaRefinePlan,)

@@ -1,0 +1,134 @@
+"""What comes before a Chess Refiner: bringing the picture to its size, and noise for all of it."""
+
+import math
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..batching.noise import row_generator
+from ..batching.scaffold import pyramid_noise
+from ..batching.upscale import UPSCALE_METHODS, fitted_size, scale_image
+from ..errors import LunaInputError
+from .checks import check_image
+from .schema import luna_schema
+
+
+class LunaPrepUpscale(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return luna_schema(
+            node_id="LunaPrepUpscale",
+            display_name="Prep Upscale (Luna)",
+            category="Luna/Refine",
+            description="Brings a picture to an exact size for refinement: with an upscale model first, if there is "
+            "one, then resampled in floating point.",
+            search_aliases=["upscale", "resize", "4k", "esrgan"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture or batch to scale."),
+                io.UpscaleModel.Input(
+                    "upscale_model", optional=True, tooltip="Any upscale model ComfyUI loads; run tile by tile."
+                ),
+                io.Int.Input(
+                    "target_size", default=4096, min=64, max=16384, step=8, tooltip="Longer side of the result in px."
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(UPSCALE_METHODS),
+                    default="lanczos",
+                    tooltip="How the picture is resampled to the exact size. area is for scaling down.",
+                ),
+                io.Int.Input(
+                    "multiple_of",
+                    default=64,
+                    min=1,
+                    max=512,
+                    tooltip="Both sides are rounded to a multiple of this; 8 is the least a VAE needs.",
+                ),
+            ],
+            outputs=[io.Image.Output("upscaled_image", display_name="image", tooltip="The picture at its new size.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, target_size: int, method: Any, multiple_of: int, upscale_model: Any = None
+    ) -> io.NodeOutput:
+        check_image(image)
+        width, height = fitted_size(image.shape[2], image.shape[1], target_size, multiple_of)
+        if upscale_model is not None and max(image.shape[1:3]) < max(width, height):
+            image = _with_model(upscale_model, image)
+        return io.NodeOutput(scale_image(image, height, width, method))
+
+
+def _with_model(upscale_model: Any, image: Tensor) -> Tensor:
+    """ComfyUI's own tiled upscale, with its memory handling and progress bar; alpha is resampled beside it."""
+    from nodes import NODE_CLASS_MAPPINGS
+
+    node = NODE_CLASS_MAPPINGS["ImageUpscaleWithModel"]
+    upscale = node.execute if hasattr(node, "execute") else node().upscale
+    upscaled = upscale(upscale_model, image[..., :3])[0]
+    if image.shape[-1] == 3:
+        return upscaled
+    alpha = scale_image(image[..., 3:], upscaled.shape[1], upscaled.shape[2], "bicubic")
+    return torch.cat([upscaled, alpha.to(upscaled)], dim=-1)
+
+
+class LunaNoiseScaffold(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return luna_schema(
+            node_id="LunaNoiseScaffold",
+            display_name="Noise Scaffold (Luna)",
+            category="Luna/Refine",
+            description="Noise laid out over a whole picture: every tile or crop that reads it gets the same noise for "
+            "the same place.",
+            search_aliases=["noise", "consistent noise", "pyramid noise"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The model's VAE: gives the latent's channels and scale."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Seed of the noise.",
+                ),
+                io.Int.Input(
+                    "octaves",
+                    default=1,
+                    min=1,
+                    max=8,
+                    tooltip="1 = white noise. More add coarser noise (pyramid noise), which changes larger shapes. "
+                    "The variance stays 1.",
+                ),
+                io.Int.Input(
+                    "width", default=4096, min=64, max=16384, step=8, tooltip="Width in px; ignored with image."
+                ),
+                io.Int.Input(
+                    "height", default=4096, min=64, max=16384, step=8, tooltip="Height in px; ignored with image."
+                ),
+                io.Image.Input("image", optional=True, tooltip="Take size and batch of this picture."),
+            ],
+            outputs=[
+                io.Latent.Output("noise_scaffold", display_name="noise_scaffold", tooltip="Noise, one per picture.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: Any, seed: int, octaves: int, width: int, height: int, image: Tensor | None = None
+    ) -> io.NodeOutput:
+        count = 1
+        if image is not None:
+            check_image(image)
+            count, height, width, _ = image.shape
+        ratio = vae.spacial_compression_encode()
+        if not isinstance(ratio, int) or getattr(vae, "latent_dim", 2) != 2:
+            raise LunaInputError("vae makes video latents: use the vae of an image model")
+        shape = (vae.latent_channels, math.ceil(height / ratio), math.ceil(width / ratio))
+        noise = [pyramid_noise(shape, octaves, row_generator(seed, f"scaffold {index}")) for index in range(count)]
+        return io.NodeOutput({"samples": torch.stack(noise)})
+
+
+NODES = (LunaPrepUpscale, LunaNoiseScaffold)

@@ -1,4 +1,4 @@
-"""Writes the small models and the demo's picture into a ComfyUI base directory: make_models.py <ComfyUI folder> <base directory>."""
+"""Writes the small models and the demo's picture: make_models.py <ComfyUI folder> <ComfyUI base directory>."""
 
 import sys
 import time

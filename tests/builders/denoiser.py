@@ -1,18 +1,20 @@
-"""UNet weights in the SD1.5 and SDXL layouts that denoise by construction, so that a picture survives sampling without any training.
+"""UNet weights in the SD1.5 and SDXL layouts that denoise by construction: pictures survive sampling without training.
 
-The noise estimate travels one short way: the first convolution takes the high frequencies of every latent channel, the outermost skip
-connection carries them to the last residual block, and the last layers divide them by sigma and clip them, which keeps edges (noise is
-small, edges are not). Everything else (residual blocks, self-attention, attention to text and to image prompts) holds seeded random
-weights on the other channels and adds a bounded, mostly smooth change of colour that depends on text and image prompt.
+The noise estimate travels one short way: the first convolution takes the high frequencies of every latent channel, the
+outermost skip connection carries them to the last residual block, and the last layers divide them by sigma and clip
+them, which keeps edges (noise is small, edges are not). Everything else (residual blocks, self-attention, attention to
+text and to image prompts) holds seeded random weights on the other channels and adds a bounded, mostly smooth change of
+colour that depends on text and image prompt.
 
 The last normalisation has 32 groups of 10 channels. Group c < 4 belongs to latent channel c, in this order:
 
     f, f, -f, -f   high frequencies of latent channel c, as the UNet sees it: x / sqrt(sigma^2 + 1)
     K, K, K, -K, -K, -K   K = LEVEL * sigma / sqrt(sigma^2 + 1), the same everywhere
 
-K is far larger than f, so dividing by the group's deviation is dividing by K: what remains is f / sigma up to a constant.
-Group 4 holds cos, -cos, sin, -sin of an angle whose cosine is sigma / sqrt(sigma^2 + 1), made from the time embedding; its own deviation never
-changes, so it passes normalisation unchanged in shape. K is read from it.
+K is far larger than f, so dividing by the group's deviation is dividing by K: what remains is f / sigma, up to a
+constant. Inside the last residual block, group 4 holds cos, -cos, sin, -sin of an angle whose cosine is
+sigma / sqrt(sigma^2 + 1), made from the time embedding. Its deviation never changes, so normalisation only scales it;
+K is read from it.
 """
 
 from collections.abc import Mapping
@@ -101,7 +103,9 @@ def _set_first_convolution(state_dict: StateDict) -> None:
 
 
 def _set_last_block(state_dict: StateDict, block: str) -> None:
-    skip = state_dict[f"{block}0.skip_connection.weight"]  # [320, 640, 1, 1]: 320 from below, 320 from the first convolution
+    skip = state_dict[
+        f"{block}0.skip_connection.weight"
+    ]  # [320, 640, 1, 1]: 320 from below, 320 from the first convolution
     skip.zero_()
     free = range(_FREE, CHANNELS)
     skip[free, free] = 1.0

@@ -1,28 +1,29 @@
 """The small models as files, in the folders where ComfyUI looks for them.
 
-Weights are seeded and synthetic: file layouts are the published ones, so that every loader works unchanged, but the models have learnt nothing.
+Weights are seeded and synthetic: file layouts are the published ones, so that every loader works unchanged, but the
+models have learnt nothing.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
+import comfy.latent_formats
 from builders import clip_files, denoiser, ip_adapter_files
+from builders.assets import (
+    CLIP_VISION,
+    SD15_CHECKPOINT,
+    SD15_PLAIN,
+    SD15_PLUS,
+    SDXL_PLAIN,
+    SDXL_PLUS,
+    SDXL_UNET,
+    SDXL_VAE,
+)
 from builders.seeding import StateDict, to_half
 from builders.vae import build_vae
 from safetensors.torch import save_file
 
-import comfy.latent_formats
-
 CLIP_VISION_HIDDEN, CLIP_VISION_EMBED = 1024, 768  # ViT-L: width of the hidden states, width of the image embeds
-
-SD15_CHECKPOINT = "checkpoints/luna_demo_sd15.safetensors"
-SDXL_UNET = "diffusion_models/luna_demo_sdxl_unet.safetensors"
-SDXL_VAE = "vae/luna_demo_sdxl_taesd.safetensors"
-CLIP_VISION = "clip_vision/luna_demo_vit_l.safetensors"
-SD15_PLUS = "ipadapter/luna_demo_plus_sd15.safetensors"
-SD15_PLAIN = "ipadapter/luna_demo_plain_sd15.safetensors"
-SDXL_PLUS = "ipadapter/luna_demo_plus_sdxl.safetensors"
-SDXL_PLAIN = "ipadapter/luna_demo_plain_sdxl.safetensors"
 
 
 def _sd15_checkpoint() -> StateDict:
@@ -47,7 +48,7 @@ BUILDERS: dict[str, Callable[[], StateDict]] = {
 
 
 def write_models(models_dir: Path) -> None:
-    """Writes every model file anew, float16, below ComfyUI's ``models`` folder. Each file appears whole or not at all."""
+    """Writes every model file anew, float16, below ComfyUI's ``models`` folder; each appears whole or not at all."""
     for relative, build in BUILDERS.items():
         path = models_dir / relative
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import skimage.data
+from builders.assets import ASTRONAUT
 from PIL import Image
-
-ASTRONAUT = "luna_astronaut.png"  # 512x512 px, public domain
 
 
 def write_pictures(input_dir: Path) -> None:

@@ -77,7 +77,7 @@ class ComfyServer:
         self.stop()
 
     def start(self) -> None:
-        """Starts the server and waits until it answers; raises ServerError with the end of its log where it does not."""
+        """Starts the server and waits for its first answer; raises ServerError with the end of its log without one."""
         command = [self.python, "main.py", "--base-directory", str(self.base), "--port", str(self.port)]
         command += ["--disable-auto-launch", "--preview-method", "latent2rgb"]
         command += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"]
@@ -87,12 +87,19 @@ class ComfyServer:
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=self.comfyui, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+                command,
+                cwd=self.comfyui,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._answers():
             if self._process.poll() is not None:
-                raise ServerError(f"the server ended with {self._process.returncode} while starting:\n{self._log_end()}")
+                raise ServerError(
+                    f"the server ended with {self._process.returncode} while starting:\n{self._log_end()}"
+                )
             if time.monotonic() > deadline:
                 self.stop()
                 raise ServerError(f"no answer from the server after {_START_TIMEOUT_S:.0f} s:\n{self._log_end()}")
@@ -118,8 +125,10 @@ class ComfyServer:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def pack_import_seconds(self, pack: str) -> float:
-        """The import time that ComfyUI itself reports for a node pack; raises ServerError where it reports none or a failure."""
-        match = re.search(rf"^\s*([\d.]+) seconds( \(IMPORT FAILED\))?: \S*{re.escape(pack)}$", self.log(), re.MULTILINE)
+        """The import time that ComfyUI itself reports for a pack; raises ServerError where the import failed."""
+        match = re.search(
+            rf"^\s*([\d.]+) seconds( \(IMPORT FAILED\))?: \S*{re.escape(pack)}$", self.log(), re.MULTILINE
+        )
         if match is None or match[2]:
             raise ServerError(f"the pack {pack} was not imported:\n{self._log_end()}")
         return float(match[1])
@@ -133,7 +142,9 @@ class ComfyServer:
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> bytes:
         """POSTs JSON; raises ServerError with the server's own words where it answers with an error."""
-        request = urllib.request.Request(self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return bytes(answer.read())
@@ -147,7 +158,9 @@ class ComfyServer:
         """An output picture by the reference that a node's output holds (filename, subfolder, type)."""
         return Image.open(BytesIO(self.get_bytes("/view?" + urllib.parse.urlencode(reference)))).convert("RGB")
 
-    def run(self, graph: Graph, on_event: Callable[[str, dict[str, Any]], None] | None = None, timeout_s: float = 900.0) -> Run:
+    def run(
+        self, graph: Graph, on_event: Callable[[str, dict[str, Any]], None] | None = None, timeout_s: float = 900.0
+    ) -> Run:
         """Queues an API graph and follows it to its end.
 
         ``on_event(kind, data)`` sees every message of this run, previews as ("preview", {"image": picture}).
@@ -202,7 +215,7 @@ class ComfyServer:
 
 
 def _preview(message: bytes) -> Image.Image | None:
-    """The picture in a binary message: event kind, image kind (or the length of metadata, then the metadata), picture."""
+    """The picture in a binary message: event kind, image kind (or length of metadata, metadata), picture."""
     (kind,) = struct.unpack(">I", message[:4])
     if kind not in _PREVIEW_EVENTS:
         return None

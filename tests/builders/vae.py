@@ -1,9 +1,9 @@
 """A TAESD-layout VAE with hand-set weights: latents are block means, decoding is bilinear interpolation.
 
 Encoder: three 2x2 means give the mean colour of every 8x8 px block; a fourth channel repeats the luminance.
-Decoder: a sharpening block, then three times nearest upsampling by 2 followed by the [1,2,1] blur, which together interpolate
-linearly. The convolutions pad with zeros, which darkens the rim of the picture; residual blocks add back what is missing there.
-Colours stay positive on their way, so the ReLUs of the layout change nothing.
+Decoder: a sharpening block, then three times nearest upsampling by 2 followed by the [1,2,1] blur, which together
+interpolate linearly. The convolutions pad with zeros, which darkens the rim of the picture; residual blocks add back
+what is missing there. Colours stay positive on their way, so the ReLUs of the layout change nothing.
 """
 
 import torch
@@ -46,7 +46,9 @@ def _set_encoder(state_dict: StateDict) -> None:
 def _set_decoder(state_dict: StateDict) -> None:
     prefix = "taesd_decoder."
     first, bias = state_dict[f"{prefix}1.weight"], state_dict[f"{prefix}1.bias"]
-    for channel in range(3):  # half of the luminance comes from the fourth channel, which averages its noise with the others'
+    for channel in range(
+        3
+    ):  # half of the luminance comes from the fourth channel, which averages its noise with the others'
         first[channel, channel, 1, 1] = 1.0 / INNER_PER_COLOR
         first[channel, :3, 1, 1] -= 0.5 * _LUMINANCE / INNER_PER_COLOR
         first[channel, 3, 1, 1] = 0.5 / INNER_PER_COLOR
@@ -71,9 +73,10 @@ def _blur() -> torch.Tensor:
 
 
 def _set_block(state_dict: StateDict, block: str, detail: float, rim: float, corner: float) -> None:
-    """A residual block that adds, for each colour v: detail * (v - blurred v), rim * v on every side the pixel lies on, corner * v in corners.
+    """A residual block that adds to each colour v: detail * (v - blurred v), rim * v per side, corner * v in corners.
 
-    The sides are told by the channel of ones: three gates pass v at the left and right rim, at the top and bottom rim, and in corners.
+    The sides are told by the channel of ones: three gates pass v at the left and right rim, at the top and bottom rim,
+    and in corners.
     """
     first, bias = state_dict[f"{block}conv.0.weight"], state_dict[f"{block}conv.0.bias"]
     keep, add = state_dict[f"{block}conv.2.weight"], state_dict[f"{block}conv.4.weight"]
@@ -92,4 +95,6 @@ def _set_block(state_dict: StateDict, block: str, detail: float, rim: float, cor
         first[above, color] = -_blur()
         first[above, color, 1, 1] += 1.0
         first[below] = -first[above]
-        add[color, [left_right, top_bottom, both, above, below], 1, 1] = torch.tensor([rim, rim, corner, detail, -detail])
+        add[color, [left_right, top_bottom, both, above, below], 1, 1] = torch.tensor(
+            [rim, rim, corner, detail, -detail]
+        )

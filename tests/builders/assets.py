@@ -1,0 +1,12 @@
+"""Names of the generated files: models relative to ComfyUI's ``models`` folder, pictures in its ``input`` folder."""
+
+SD15_CHECKPOINT = "checkpoints/luna_demo_sd15.safetensors"
+SDXL_UNET = "diffusion_models/luna_demo_sdxl_unet.safetensors"
+SDXL_VAE = "vae/luna_demo_sdxl_taesd.safetensors"
+CLIP_VISION = "clip_vision/luna_demo_vit_l.safetensors"
+SD15_PLUS = "ipadapter/luna_demo_plus_sd15.safetensors"
+SD15_PLAIN = "ipadapter/luna_demo_plain_sd15.safetensors"
+SDXL_PLUS = "ipadapter/luna_demo_plus_sdxl.safetensors"
+SDXL_PLAIN = "ipadapter/luna_demo_plain_sdxl.safetensors"
+
+ASTRONAUT = "luna_astronaut.png"  # 512x512 px, public domain

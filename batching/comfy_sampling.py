@@ -77,7 +77,7 @@ def row_sampler(sampler_name: str, seeds: Sequence[int]) -> comfy.samplers.KSAMP
     """
     base = comfy.samplers.sampler_object(sampler_name)
     function = base.sampler_function
-    if not _draws_noise(sampler_name, function):
+    if "noise_sampler" not in inspect.signature(function).parameters:
         return comfy.samplers.KSAMPLER(function, base.extra_options, {})
 
     def sample(model: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
@@ -87,20 +87,16 @@ def row_sampler(sampler_name: str, seeds: Sequence[int]) -> comfy.samplers.KSAMP
     return comfy.samplers.KSAMPLER(sample, base.extra_options, {})
 
 
-def _draws_noise(sampler_name: str, function: Callable[..., Tensor]) -> bool:
-    parameters = inspect.signature(function).parameters
-    return "noise_sampler" in parameters
-
-
 def _step_noise(sampler_name: str, x: Tensor, sigmas: Tensor, seeds: Sequence[int]) -> Any:
     """Brownian noise for the SDE family, whose steps overlap in time; independent draws for the others."""
-    is_brownian = "sde" in sampler_name.split("_")
+    is_brownian = sampler_name.startswith("dpmpp_") and "sde" in sampler_name
     positive = sigmas[sigmas > 0]
     if not is_brownian or len(positive) == 0:
         return RowStepNoise(x, seeds)
     entropy = [row_seed(seed, "brownian") for seed in seeds]
     on_cpu = not sampler_name.endswith("_gpu")
-    return BrownianTreeNoiseSampler(x, positive.min(), sigmas.max(), seed=entropy, cpu=on_cpu)
+    # a hair wider than the schedule: rounding between float32 and float64 must not step outside the tree
+    return BrownianTreeNoiseSampler(x, positive.min() * 0.999, sigmas.max() * 1.001, seed=entropy, cpu=on_cpu)
 
 
 def differential_mask(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any]) -> Tensor:

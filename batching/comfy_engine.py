@@ -12,15 +12,7 @@ from ..errors import LunaRuntimeError
 from ..ip_adapter import RowEmbeds
 from ..ip_adapter.comfy_patch import IPAdapter, encode_rows, patch_model
 from .comfy_progress import SamplingProgress
-from .comfy_sampling import (
-    ROWS_ALONE,
-    SamplingSettings,
-    is_out_of_memory,
-    prepared_noise,
-    rows_that_fit,
-    sample_rows,
-    schedule,
-)
+from .comfy_sampling import Recipe, is_out_of_memory, prepared_noise, rows_that_fit, sample_rows
 from .crops import cut
 from .noise import row_generator, row_noise
 from .plan import RefinePlan, Region
@@ -52,9 +44,8 @@ class ComfyEngine:
     """Runs a refinement on ComfyUI's models; see ``refine.Engine``.
 
     Args:
-        model, vae: ComfyUI's MODEL and VAE; never modified.
-        positive, negative: conditioning.
-        settings: sampler settings.
+        recipe: model, conditioning and sampler; never modified.
+        vae: ComfyUI's VAE.
         chunk_size: rows per sampling call; 0 = as many as fit.
         anchor: image anchors, or None for text only.
         plan: what will be refined.
@@ -67,11 +58,8 @@ class ComfyEngine:
 
     def __init__(
         self,
-        model: Any,
+        recipe: Recipe,
         vae: Any,
-        positive: list[Any],
-        negative: list[Any],
-        settings: SamplingSettings,
         chunk_size: int,
         anchor: Anchor | None,
         plan: RefinePlan,
@@ -79,18 +67,14 @@ class ComfyEngine:
         noise_scaffold: Tensor | None = None,
         denoise_share: Tensor | None = None,
     ):
-        self.model = model
+        self.recipe = recipe
         self.vae = vae
-        self.positive = positive
-        self.negative = negative
-        self.settings = settings
         self.chunk_size = chunk_size
         self.anchor_settings = anchor
         self.mask_latent = mask_latent
         self.noise_scaffold = noise_scaffold
         self.denoise_share = denoise_share
-        self._sigmas = schedule(model, settings)
-        self._progress = SamplingProgress(model, len(plan.regions), max(0, len(self._sigmas) - 1))
+        self._progress = SamplingProgress(recipe.model, len(plan.regions), recipe.steps)
 
     def anchor(self, crops: Tensor) -> RowEmbeds | None:
         if self.anchor_settings is None:
@@ -128,9 +112,9 @@ class ComfyEngine:
         return torch.cat(done)
 
     def _chunk(self, rows: EncodedRows) -> int:
-        if self.settings.sampler_name in ROWS_ALONE:
+        if self.recipe.rows_alone:
             return 1
-        return self.chunk_size or min(len(rows.regions), rows_that_fit(self.model, rows.latents.shape[1:]))
+        return self.chunk_size or min(len(rows.regions), rows_that_fit(self.recipe.model, rows.latents.shape[1:]))
 
     def _try_chunk(self, rows: EncodedRows, start: int, stop: int) -> Tensor | None:
         """One sampling call for rows start..stop-1; None when it does not fit in memory."""
@@ -145,7 +129,7 @@ class ComfyEngine:
     def _sample_chunk(self, rows: EncodedRows, start: int, stop: int) -> Tensor:
         latents = rows.latents[start:stop]
         regions = rows.regions[start:stop]
-        model = self.model
+        model = self.recipe.model
         if self.anchor_settings is not None and isinstance(rows.anchors, RowEmbeds):
             model = patch_model(
                 model,
@@ -156,13 +140,11 @@ class ComfyEngine:
                 end_percent=self.anchor_settings.end_percent,
             )
         return sample_rows(
+            self.recipe,
             model,
+            self.recipe.conditioning,
             latents,
             self._noise(regions, latents),
-            self.positive,
-            self.negative,
-            self.settings,
-            self._sigmas,
             [region.seed for region in regions],
             denoise_mask=self._latent_mask(regions, latents),
             callback=self._progress.callback(stop - start),

@@ -1,12 +1,12 @@
-"""One sampling call for many rows on ComfyUI's own samplers, with noise that belongs to each row."""
+"""One sampling call for many rows on ComfyUI's own samplers and guiders, with noise that belongs to each row."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import torch
 from comfy.k_diffusion.sampling import BrownianTreeNoiseSampler
@@ -15,10 +15,9 @@ from torch import Tensor
 from ..errors import LunaInputError
 from .noise import RowStepNoise, row_seed
 
-ROWS_ALONE = {"dpm_adaptive": "it chooses its step size from the error of the whole batch"}
-"""Samplers whose rows would influence each other in one call, and why: their rows are sampled one by one."""
-
 Callback = Callable[[int, Tensor, Tensor, int], None]
+Conditioning = dict[str, list[Any]]
+"""ComfyUI conditioning by the guider's own names: positive, negative, and middle for three-way guidance."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,54 @@ class SamplingSettings:
             raise LunaInputError(f"denoise is {self.denoise}: use 0 to 1")
 
 
-def schedule(model: Any, settings: SamplingSettings) -> Tensor:
-    """The sigmas a KSampler would use: [steps + 1], empty at denoise 0."""
+@dataclass(frozen=True)
+class Recipe:
+    """How rows are sampled: what a KSampler, or a custom sampling graph, would do to one latent.
+
+    Attributes:
+        guider: ComfyUI guider; its model and conditioning are replaced for each call, on a copy.
+        sampler: ComfyUI sampler object.
+        sigmas: [steps + 1].
+        seed: the run's seed.
+    """
+
+    guider: Any
+    sampler: Any
+    sigmas: Tensor
+    seed: int
+
+    @property
+    def model(self) -> Any:
+        """The guider's ModelPatcher."""
+        return self.guider.model_patcher
+
+    @property
+    def steps(self) -> int:
+        return max(0, len(self.sigmas) - 1)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """The guider's conditioning as nodes pass it: lists of [tensor, dict]."""
+        return {name: [_as_given(cond) for cond in conds] for name, conds in self.guider.original_conds.items()}
+
+    @property
+    def rows_alone(self) -> str | None:
+        """Why rows would influence each other in one call, so that each must be sampled by itself; None if not."""
+        if not isinstance(self.sampler, comfy.samplers.KSAMPLER):
+            return "its noise cannot be drawn per row"
+        if "dpm_adaptive" in self.sampler.sampler_function.__name__:
+            return "it chooses its step size from the error of the whole batch"
+        return None
+
+
+def _as_given(cond: dict[str, Any]) -> list[Any]:
+    """Undoes the guider's own conversion of one conditioning entry."""
+    made_by_guider = ("cross_attn", "model_conds", "uuid")
+    return [cond.get("cross_attn"), {key: value for key, value in cond.items() if key not in made_by_guider}]
+
+
+def ksampler_recipe(model: Any, positive: list[Any], negative: list[Any], settings: SamplingSettings) -> Recipe:
+    """What a KSampler with these settings does; no sigmas at denoise 0."""
     sampler = comfy.samplers.KSampler(
         model,
         steps=settings.steps,
@@ -62,39 +107,44 @@ def schedule(model: Any, settings: SamplingSettings) -> Tensor:
         denoise=settings.denoise,
         model_options=model.model_options,
     )
-    return sampler.sigmas
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(settings.cfg)
+    return Recipe(guider, comfy.samplers.sampler_object(settings.sampler_name), sampler.sigmas, settings.seed)
 
 
-def row_sampler(sampler_name: str, seeds: Sequence[int]) -> comfy.samplers.KSAMPLER:
-    """ComfyUI's sampler of that name, with a noise source per row.
+def row_sampler(sampler: Any, seeds: Sequence[int]) -> Any:
+    """The same sampler with a noise source per row.
 
-    Samplers that draw no noise are returned as they are. "ddim" normally noises what lies outside a latent mask
-    from a generator over the whole batch; here it uses the rows' own start noise, as every other sampler does.
+    Samplers that draw no noise, or that are not k-diffusion functions, work as they are. "ddim" normally noises what
+    lies outside a latent mask from a generator over the whole batch; here it uses the rows' own start noise, as every
+    other sampler does.
 
     Args:
-        sampler_name: a name ComfyUI lists.
+        sampler: ComfyUI sampler object.
         seeds: one seed per row of the batch that will be sampled.
     """
-    base = comfy.samplers.sampler_object(sampler_name)
-    function = base.sampler_function
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        return sampler
+    function = sampler.sampler_function
     if "noise_sampler" not in inspect.signature(function).parameters:
-        return comfy.samplers.KSAMPLER(function, base.extra_options, {})
+        return comfy.samplers.KSAMPLER(function, sampler.extra_options, {})
 
     def sample(model: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
-        noise = _step_noise(sampler_name, x, sigmas, seeds)
-        return function(model, x, sigmas, noise_sampler=noise, **arguments)
+        noise = _step_noise(function.__name__, x, sigmas, seeds)
+        return function(model, x, sigmas, **(arguments | {"noise_sampler": noise}))
 
-    return comfy.samplers.KSAMPLER(sample, base.extra_options, {})
+    return comfy.samplers.KSAMPLER(sample, sampler.extra_options, {})
 
 
-def _step_noise(sampler_name: str, x: Tensor, sigmas: Tensor, seeds: Sequence[int]) -> Any:
-    """Brownian noise for the SDE family, whose steps overlap in time; independent draws for the others."""
-    is_brownian = sampler_name.startswith("dpmpp_") and "sde" in sampler_name
+def _step_noise(function_name: str, x: Tensor, sigmas: Tensor, seeds: Sequence[int]) -> Any:
+    """Brownian noise for the DPM++ SDE family, whose steps overlap in time; independent draws for the others."""
+    is_brownian = "dpmpp" in function_name and "sde" in function_name
     positive = sigmas[sigmas > 0]
     if not is_brownian or len(positive) == 0:
         return RowStepNoise(x, seeds)
     entropy = [row_seed(seed, "brownian") for seed in seeds]
-    on_cpu = not sampler_name.endswith("_gpu")
+    on_cpu = not function_name.endswith("_gpu")
     # a hair wider than the schedule: rounding between float32 and float64 must not step outside the tree
     return BrownianTreeNoiseSampler(x, positive.min() * 0.999, sigmas.max() * 1.001, seed=entropy, cpu=on_cpu)
 
@@ -119,13 +169,11 @@ def differential_mask(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[s
 
 
 def sample_rows(
+    recipe: Recipe,
     model: Any,
+    conditioning: Conditioning,
     latents: Tensor,
     noise: Tensor,
-    positive: list[Any],
-    negative: list[Any],
-    settings: SamplingSettings,
-    sigmas: Tensor,
     seeds: Sequence[int],
     denoise_mask: Tensor | None = None,
     callback: Callback | None = None,
@@ -133,11 +181,10 @@ def sample_rows(
     """Samples all rows in one call.
 
     Args:
+        recipe: guider, sampler, sigmas and seed.
         model: ModelPatcher, already patched for exactly these rows.
+        conditioning: for exactly these rows.
         latents, noise: [n,c,h,w].
-        positive, negative: ComfyUI conditioning.
-        settings: sampler, cfg and seed.
-        sigmas: from ``schedule``.
         seeds: one per row.
         denoise_mask: [n,1,h,w] in 0..1, how much of the schedule the latent takes part in; a mask function that
             the model already carries is kept.
@@ -149,20 +196,22 @@ def sample_rows(
     if denoise_mask is not None and "denoise_mask_function" not in model.model_options:
         model = model.clone()
         model.set_model_denoise_mask_function(differential_mask)
-    return comfy.sample.sample_custom(
-        model,
+    guider = copy.copy(recipe.guider)
+    guider.model_patcher = model
+    guider.model_options = model.model_options
+    guider.original_conds = {}
+    guider.inner_set_conds(conditioning)
+    samples = guider.sample(
         noise,
-        settings.cfg,
-        row_sampler(settings.sampler_name, seeds),
-        sigmas,
-        positive,
-        negative,
         latents,
-        noise_mask=denoise_mask,
+        row_sampler(recipe.sampler, seeds),
+        recipe.sigmas,
+        denoise_mask=denoise_mask,
         callback=callback,
         disable_pbar=True,
-        seed=settings.seed,
+        seed=recipe.seed,
     )
+    return samples.to(comfy.model_management.intermediate_device())
 
 
 def rows_that_fit(model: Any, latent_shape: Sequence[int]) -> int:

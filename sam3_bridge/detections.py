@@ -1,4 +1,4 @@
-"""What was found in a picture: boxes, masks cropped to their box, scores and labels, whatever detector they come from."""
+"""What was found in a picture: boxes, masks cropped to their box, scores and labels, whatever the detector."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ BoxPx = tuple[float, float, float, float]
 """x1, y1, x2, y2 in px, fractional; px k reaches from k to k + 1."""
 
 ASPECT_TOLERANCE = 0.02
-"""How far two sizes may differ in aspect and still be one picture: what rounding each side to multiples of 64 px does."""
+"""How far two sizes may differ in aspect and still be one picture: as much as rounding sides to multiples of 64 px."""
 
 VISIBLE = 0.5 / 255
 """Mask values below half an 8-bit level are resampling noise, not mask."""
@@ -178,7 +178,9 @@ def check_mask(mask: Tensor, name: str) -> None:
         )
     low, high = (float(value) for value in torch.aminmax(mask))
     if not (low >= 0 and high <= 1):  # also true for NaN
-        raise LunaInputError(f"{name}: mask holds values from {low:.4g} to {high:.4g}: finite values in 0..1 are needed")
+        raise LunaInputError(
+            f"{name}: mask holds values from {low:.4g} to {high:.4g}: finite values in 0..1 are needed"
+        )
 
 
 def same_aspect(width: int, height: int, other_width: int, other_height: int) -> bool:
@@ -210,9 +212,7 @@ def rasterise(detection: Detection, window: tuple[int, int, int, int]) -> Tensor
     x1, y1, x2, y2 = detection.box
     left, top, right, bottom = window
     rows, row_share = _axis_weights(y1, y2, top, bottom, 1 if detection.mask is None else detection.mask.shape[0])
-    columns, column_share = _axis_weights(
-        x1, x2, left, right, 1 if detection.mask is None else detection.mask.shape[1]
-    )
+    columns, column_share = _axis_weights(x1, x2, left, right, 1 if detection.mask is None else detection.mask.shape[1])
     share = row_share[:, None] * column_share[None, :]
     if detection.mask is None:
         return share

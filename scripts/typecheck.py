@@ -1,6 +1,6 @@
 """Runs mypy over the pack, the scripts and the shared test builders.
 
-The repository root is itself the package, whatever its folder is called: mypy sees it through a link named like the pack.
+The repository root is itself the package, whatever its folder is called: mypy sees it through a link of its name.
 """
 
 import os
@@ -15,7 +15,15 @@ def main() -> int:
     workspace.link_folder(links / workspace.PACK, workspace.ROOT)
     folders = (links, workspace.comfyui_path(), workspace.ROOT / "tests", workspace.ROOT / "scripts")
     environment = os.environ | {"MYPYPATH": os.pathsep.join(map(str, folders))}
-    command = [sys.executable, "-m", "mypy", "--config-file", str(workspace.ROOT / "pyproject.toml"), "-p", workspace.PACK]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(workspace.ROOT / "pyproject.toml"),
+        "-p",
+        workspace.PACK,
+    ]
     return subprocess.run(command, cwd=links, env=environment, check=False).returncode
 
 

@@ -1,4 +1,4 @@
-"""A small, exact engine for tests of the refinement loop: its VAE loses nothing and its sampler adds what it is told."""
+"""A small, exact engine for tests of the refinement loop: its VAE loses nothing, its sampler adds what it is told."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -62,6 +62,21 @@ def build_plus(family: Family, hidden_dim: int, inner_dim: int) -> StateDict:
     return weights | _attention(family, inner_dim, generator)
 
 
+def build_full_face(family: Family, hidden_dim: int, inner_dim: int) -> StateDict:
+    """Full-face adapter: an MLP over every token of the encoder's hidden states."""
+    generator = generator_for("ip-adapter", "full-face", family)
+    cross = _CROSS_DIM[family]
+    weights = {
+        "image_proj.proj.0.weight": fan_in_scaled(torch.Size((hidden_dim, hidden_dim)), generator),
+        "image_proj.proj.0.bias": torch.zeros(hidden_dim),
+        "image_proj.proj.2.weight": fan_in_scaled(torch.Size((cross, hidden_dim)), generator),
+        "image_proj.proj.2.bias": torch.zeros(cross),
+        "image_proj.proj.3.weight": torch.ones(cross),
+        "image_proj.proj.3.bias": torch.zeros(cross),
+    }
+    return weights | _attention(family, inner_dim, generator)
+
+
 def _attention(family: Family, inner_dim: int, generator: torch.Generator) -> StateDict:
     shape = torch.Size((inner_dim, _CROSS_DIM[family]))
     weights: StateDict = {}

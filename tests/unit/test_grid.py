@@ -1,13 +1,14 @@
+import itertools
+
 import pytest
 import torch
+from builders.engines import ExactEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.geometry import picture_box
 from luna_refinement.batching.grid import TileSettings, plan_tiles, spans
 from luna_refinement.batching.refine import refine
 from luna_refinement.errors import LunaInputError
-
-from builders.engines import ExactEngine
 
 tile_settings = st.builds(
     TileSettings,
@@ -36,7 +37,7 @@ def test_spans_cover_a_side_without_gaps(length: int, tiles: TileSettings) -> No
     found = spans(length, tiles)
     assert found[0].start == 0
     assert found[-1].stop == (length if length > tiles.tile_size else -(-length // 8) * 8)
-    for left, right in zip(found, found[1:], strict=False):
+    for left, right in itertools.pairwise(found):
         assert right.start <= left.stop
         assert right.start > left.start
         # a fade never reaches past the neighbour's own half of the overlap

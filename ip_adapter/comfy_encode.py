@@ -1,0 +1,149 @@
+"""Row embeddings from pictures: CLIP vision and the adapter's projection, in batches, remembered by content."""
+
+import hashlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..errors import LunaInputError
+from .comfy_patch import IPAdapter, layers_for
+from .embeds import RowEmbeds
+
+_ROWS_PER_BATCH = 16
+_REMEMBERED_ROWS = 512
+"""Token rows [T,D] kept per pair of adapter and encoder: 16 x 2048 floats are 128 KiB."""
+
+_ENCODERS = {768: "ViT-L", 1024: "ViT-H", 1280: "ViT-G"}
+_HIDDEN = {1024: "ViT-L", 1280: "ViT-H", 1664: "ViT-G"}
+
+
+class _Memory:
+    """Tokens of pictures seen before, the oldest forgotten first."""
+
+    def __init__(self) -> None:
+        self.rows: OrderedDict[bytes, Tensor] = OrderedDict()
+        self.nothing: Tensor | None = None
+
+    def find(self, digest: bytes) -> Tensor | None:
+        if digest in self.rows:
+            self.rows.move_to_end(digest)
+        return self.rows.get(digest)
+
+    def keep(self, digest: bytes, tokens: Tensor) -> None:
+        self.rows[digest] = tokens
+        while len(self.rows) > _REMEMBERED_ROWS:
+            self.rows.popitem(last=False)
+
+
+_memories: "weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, _Memory]]" = weakref.WeakKeyDictionary()
+
+
+def clip_widths(clip_vision: Any) -> tuple[int, int]:
+    """Width of the hidden states and of the pooled embed of ComfyUI's CLIP_VISION.
+
+    Raises:
+        LunaInputError: it is not an encoder of the CLIP kind.
+    """
+    encoder = getattr(clip_vision, "model", None)
+    projection = getattr(encoder, "visual_projection", None)
+    vision = getattr(encoder, "vision_model", None)
+    if projection is None or vision is None or getattr(projection, "weight", None) is None:
+        raise LunaInputError(
+            "clip_vision is no CLIP vision model with projection: IP-Adapters need the CLIP encoder they were trained "
+            "with, usually CLIP-ViT-H-14-laion2B-s32B-b79K"
+        )
+    pooled, hidden = projection.weight.shape
+    return hidden, pooled
+
+
+def check_clip_vision(adapter: IPAdapter, clip_vision: Any) -> None:
+    """Raises LunaInputError where the encoder is not of the kind the adapter was trained on."""
+    hidden, pooled = clip_widths(clip_vision)
+    layout = adapter.layout
+    given, names = (pooled, _ENCODERS) if layout.reads_pooled else (hidden, _HIDDEN)
+    if given != layout.clip_dim:
+        raise LunaInputError(
+            f"clip_vision gives embeds {given} wide ({names.get(given, 'unknown encoder')}), but ip_adapter "
+            f"'{adapter.name}' was trained on {layout.clip_dim} ({names.get(layout.clip_dim, 'unknown encoder')}): "
+            "load the CLIP vision model that belongs to the adapter"
+        )
+
+
+def check_compatible(model: Any, adapter: IPAdapter, clip_vision: Any) -> None:
+    """Raises LunaInputError unless model, adapter and encoder belong together; loads nothing."""
+    layers_for(model, adapter)
+    check_clip_vision(adapter, clip_vision)
+
+
+def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbeds:
+    """One embedding per picture.
+
+    Args:
+        adapter: its projection makes the tokens.
+        clip_vision: ComfyUI's CLIP_VISION.
+        images: [N,H,W,C] in 0..1; each is centre-cropped to a square by ComfyUI.
+
+    Returns:
+        Tokens in float32 on the CPU. "Without picture" is what the adapters were trained with: zeros for the pooled
+        embed, for hidden states those of an encoder input of zeros.
+    """
+    memory = _memories.setdefault(clip_vision.model, weakref.WeakKeyDictionary()).setdefault(adapter.network, _Memory())
+    digests = [_digest(image) for image in images]
+    rows = {digest: memory.find(digest) for digest in digests}
+    new = [place for place, digest in enumerate(digests) if rows[digest] is None]
+    new = list({digests[place]: place for place in new}.values())
+    with torch.no_grad():
+        if new:
+            encoded = [_encode_fitting(clip_vision, images[new[start : start + _ROWS_PER_BATCH]], adapter)
+                       for start in range(0, len(new), _ROWS_PER_BATCH)]  # fmt: skip
+            tokens = _project(adapter, torch.cat(encoded))
+            for place, row in zip(new, tokens, strict=True):
+                rows[digests[place]] = row.clone()
+                memory.keep(digests[place], row.clone())
+        if memory.nothing is None:
+            memory.nothing = _project(adapter, _encode_nothing(clip_vision, adapter))
+    found = [row for digest in digests if (row := rows[digest]) is not None]
+    return RowEmbeds(torch.stack(found), memory.nothing)
+
+
+def _digest(image: Tensor) -> bytes:
+    pixels = image[..., :3].to(device="cpu", dtype=torch.float32).contiguous()
+    return hashlib.blake2b(pixels.numpy().tobytes() + str(tuple(pixels.shape)).encode(), digest_size=16).digest()
+
+
+def _encode_fitting(clip_vision: Any, images: Tensor, adapter: IPAdapter) -> Tensor:
+    """Encodes in one batch, or in halves where memory does not allow it."""
+    try:
+        return _encode(clip_vision, images, adapter)
+    except comfy.model_management.OOM_EXCEPTION:
+        if len(images) == 1:
+            raise
+    middle = len(images) // 2
+    parts = (images[:middle], images[middle:])
+    return torch.cat([_encode_fitting(clip_vision, part, adapter) for part in parts])
+
+
+def _encode(clip_vision: Any, images: Tensor, adapter: IPAdapter) -> Tensor:
+    encoded = clip_vision.encode_image(images[..., :3])
+    output = encoded["image_embeds"] if adapter.layout.reads_pooled else encoded["penultimate_hidden_states"]
+    return output.to(device="cpu", dtype=torch.float32)
+
+
+def _encode_nothing(clip_vision: Any, adapter: IPAdapter) -> Tensor:
+    if adapter.layout.reads_pooled:
+        return torch.zeros(1, adapter.layout.clip_dim)
+    comfy.model_management.load_models_gpu([clip_vision.patcher])
+    side = clip_vision.image_size
+    zeros = torch.zeros(1, 3, side, side, device=clip_vision.load_device)
+    return clip_vision.model(pixel_values=zeros, intermediate_output=-2)[1].to(device="cpu", dtype=torch.float32)
+
+
+def _project(adapter: IPAdapter, encoded: Tensor) -> Tensor:
+    device = adapter.load()
+    project: Callable[[Tensor], Tensor] = adapter.network.image_proj
+    return project(encoded.to(device)).to("cpu")

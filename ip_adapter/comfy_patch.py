@@ -1,0 +1,275 @@
+"""IP-Adapters on ComfyUI: files as managed models, and the patch that anchors every row of a batch."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..errors import LunaInputError, LunaRuntimeError
+from .attention import AnchoredAttention, AnchorOptions, KeyValues, Options, RowAnchors, Scaling
+from .embeds import RowEmbeds
+from .files import AdapterLayout, AdapterWeights, read_layout, split_weights
+from .layer_weights import LayerWeights
+from .layers import AttentionLayer, attention_layers
+from .projection import AdapterNetwork
+
+_WRAPPER_KEY = "luna_ip_adapter"
+_PASSES_OPTIONS = any(
+    parameter.kind is parameter.VAR_KEYWORD or name == "transformer_options"
+    for name, parameter in inspect.signature(optimized_attention).parameters.items()
+)
+
+
+@dataclass(frozen=True, eq=False)
+class IPAdapter:
+    """An IP-Adapter whose weights ComfyUI loads and unloads like any model's.
+
+    Attributes:
+        name: of the file.
+        layout: variant and sizes.
+        patcher: ModelPatcher around an ``AdapterNetwork``.
+    """
+
+    name: str
+    layout: AdapterLayout
+    patcher: Any
+
+    @property
+    def network(self) -> AdapterNetwork:
+        return self.patcher.model
+
+    def load(self) -> torch.device:
+        """Brings the weights to where they compute."""
+        comfy.model_management.load_models_gpu([self.patcher])
+        return self.patcher.load_device
+
+    def key_values(self, tokens: Tensor) -> KeyValues:
+        """Keys and values [n,T,inner] of every layer for image tokens [n,T,D], in float32."""
+        device = self.load()
+        with torch.no_grad():
+            return self.network.key_values(tokens.to(device, torch.float32))
+
+
+def load_ip_adapter(path: str) -> IPAdapter:
+    """Reads a .safetensors file, or a .bin file through PyTorch's weights-only unpickler.
+
+    Raises:
+        LunaInputError: the file is damaged, unsafe, or no supported IP-Adapter.
+    """
+    name = Path(path).name
+    try:
+        state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+    except FileNotFoundError:
+        raise LunaInputError(
+            f"ip_adapter_file '{name}' is gone: press R to refresh the list and choose again"
+        ) from None
+    except Exception as error:
+        # The loaders raise many kinds of error; the reason is passed on in full.
+        raise LunaInputError(
+            f"ip_adapter_file '{name}' cannot be read, the file is incomplete or damaged: download it again ({error})"
+        ) from error
+    return _from_weights(split_weights(state_dict, name))
+
+
+_converted: "weakref.WeakKeyDictionary[Tensor, IPAdapter]" = weakref.WeakKeyDictionary()
+
+
+def as_ip_adapter(given: Any) -> IPAdapter:
+    """Our own adapter as it is; those of the widely used loader packs, plain or inside their pipeline, converted once.
+
+    Raises:
+        LunaInputError: it is neither.
+    """
+    if isinstance(given, IPAdapter):
+        return given
+    weights = given
+    if isinstance(weights, dict) and isinstance(weights.get("ipadapter"), dict):
+        weights = weights["ipadapter"].get("model")
+    if not isinstance(weights, dict) or not {"image_proj", "ip_adapter"} <= weights.keys():
+        raise LunaInputError(
+            f"ip_adapter is a {type(given).__name__} of unknown layout: "
+            "connect Luna's IP-Adapter Loader, or an IPAdapter loader that gives image_proj and ip_adapter weights"
+        )
+    split = split_weights(weights, "of the connected loader")
+    mark = next(iter(split.ip_adapter.values()))
+    if mark not in _converted:
+        _converted[mark] = _from_weights(split)
+    return _converted[mark]
+
+
+def _from_weights(weights: AdapterWeights) -> IPAdapter:
+    layout = read_layout(weights)
+    try:
+        network = AdapterNetwork(weights, layout, comfy.ops.manual_cast)
+    except RuntimeError as error:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' looks like a {layout.variant} adapter but its weights do not fit one: "
+            f"the file is damaged or of a variant Luna does not know ({error})"
+        ) from error
+    patcher = ModelPatcher(
+        network,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    return IPAdapter(weights.name, layout, patcher)
+
+
+def model_supports_anchoring(model: Any) -> bool:
+    """True for a UNet with cross-attention to text (SD1.5, SDXL and their kin)."""
+    return bool(attention_layers(model.get_model_object("diffusion_model")))
+
+
+def layers_for(model: Any, adapter: IPAdapter) -> list[AttentionLayer]:
+    """The model's layers, one per key and value pair of the adapter.
+
+    Raises:
+        LunaInputError: adapter and model are of different families, or the model was pruned.
+    """
+    layers = attention_layers(model.get_model_object("diffusion_model"))
+    layout = adapter.layout
+    widths = {layer.context_dim for layer in layers}
+    if widths != {layout.cross_dim}:
+        raise LunaInputError(
+            f"ip_adapter '{adapter.name}' was made for {layout.family} (text tokens {layout.cross_dim} wide), "
+            f"but model reads text tokens {'/'.join(map(str, sorted(widths)))} wide: "
+            "use an adapter of the model's family"
+        )
+    if len(layers) != len(layout.numbers) or any(
+        layer.inner_dim != inner for layer, inner in zip(layers, layout.inner_dims, strict=True)
+    ):
+        raise LunaInputError(
+            f"ip_adapter '{adapter.name}' has {len(layout.numbers)} attention layers, model has {len(layers)}, "
+            "or of other widths: a pruned or changed model needs an adapter of its own"
+        )
+    return layers
+
+
+def patch_model(
+    model: Any,
+    adapter: IPAdapter,
+    embeds: RowEmbeds,
+    weight: float | Tensor = 1.0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    layer_weights: LayerWeights | None = None,
+    scaling: Scaling = "V only",
+    row_masks: Tensor | None = None,
+) -> Any:
+    """A clone of the model on which row i of a batch attends to embedding i.
+
+    Args:
+        model: ModelPatcher; not modified.
+        adapter: whose keys and values act.
+        embeds: one per row.
+        weight: of all rows, or [N].
+        start_percent, end_percent: part of the model's whole schedule in which anchors act.
+        layer_weights: weights over the depth of the model.
+        scaling: what the weight multiplies.
+        row_masks: [N,H,W] in 0..1, where in its picture each row is anchored.
+
+    Raises:
+        LunaInputError: adapter and model do not fit together.
+    """
+    layers = layers_for(model, adapter)
+    factors = (layer_weights or LayerWeights()).resolve(layers)
+    sampling = model.get_model_object("model_sampling")
+    options = AnchorOptions(
+        weights=torch.as_tensor(weight, dtype=torch.float32).expand(len(embeds)),
+        scaling=scaling,
+        sigma_start=float(sampling.percent_to_sigma(start_percent)),
+        sigma_end=float(sampling.percent_to_sigma(end_percent)),
+        masks=row_masks,
+    )
+    anchors = RowAnchors(embeds, options, adapter.key_values)
+    patched = model.clone()
+    for pair, (layer, factor) in enumerate(zip(layers, factors, strict=True)):
+        if factor.factor:
+            previous = _existing_replacement(patched, layer)
+            replacement = AnchoredAttention(anchors, pair, factor.factor, factor.swapped, _attention, previous)
+            patched.set_model_attn2_replace(replacement, *layer.key)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _WRAPPER_KEY, _prepare_for(anchors))
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _WRAPPER_KEY, _roles_for(anchors))
+    return patched
+
+
+def _existing_replacement(model: Any, layer: AttentionLayer) -> Any:
+    """A replacement set for this transformer, or for its whole block as ComfyUI also allows."""
+    replacements = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
+    return replacements.get(layer.key) or replacements.get(layer.key[:2])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    passed = {"transformer_options": options} if _PASSES_OPTIONS else {}
+    return optimized_attention(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **passed)
+
+
+def _prepare_for(anchors: RowAnchors) -> Callable[..., Any]:
+    """Makes keys and values before a sampling call and drops them after it, however it ends."""
+
+    def outer_sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if noise.shape[0] != len(anchors.embeds):
+            raise LunaRuntimeError(
+                f"ip_adapter: {len(anchors.embeds)} image embeds for a batch of {noise.shape[0]} latents: every latent "
+                "needs its own embed. Give as many images as the latent batch holds"
+            )
+        anchors.latent_size = (noise.shape[-2], noise.shape[-1])
+        anchors.prepare()
+        with _guided_by(anchors, executor.class_obj):
+            try:
+                return executor(noise, *args, **kwargs)
+            finally:
+                anchors.release()
+                anchors.latent_size = None
+
+    return outer_sample
+
+
+_NEGATIVE = ("negative", "empty_negative_prompt")
+"""Names under which ComfyUI's guiders keep prompts that pictures must not anchor."""
+
+
+@contextmanager
+def _guided_by(anchors: RowAnchors, guider: Any) -> Iterator[None]:
+    before, anchors.guider = anchors.guider, guider
+    try:
+        yield
+    finally:
+        anchors.guider = before
+
+
+def _roles_for(anchors: RowAnchors) -> Callable[..., Any]:
+    """Tells positive from negative prompts by the guider's own lists, in whatever order they are evaluated.
+
+    Plain guidance evaluates [positive, negative], dual guidance [negative, middle, positive], and perturbed guidance
+    or self-attention guidance a single one of them.
+    """
+
+    def calc_cond_batch(executor: Any, model: Any, conds: list[Any], *args: Any, **kwargs: Any) -> Any:
+        by_name = getattr(anchors.guider, "conds", {})
+        negatives = [by_name[name] for name in _NEGATIVE if name in by_name]
+        positives = [entry for name, entry in by_name.items() if name not in _NEGATIVE]
+        roles = tuple(
+            not any(entry is negative for negative in negatives)
+            if any(entry is known for known in negatives + positives)
+            else place == 0
+            for place, entry in enumerate(conds)
+        )
+        before = anchors.set_roles(roles)
+        try:
+            return executor(model, conds, *args, **kwargs)
+        finally:
+            anchors.set_roles(before)
+
+    return calc_cond_batch

@@ -1,0 +1,174 @@
+"""What an IP-Adapter file holds: its variant, sizes and weights, read from key names and shapes alone."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..errors import LunaInputError
+
+Variant = Literal["plus", "plain", "full_face"]
+StateDict = dict[str, Tensor]
+
+_PREFIXES = {"image_proj.": "image_proj", "ip_adapter.": "ip_adapter", "adapter_modules.": "ip_adapter"}
+_RESAMPLER_HEAD_DIM = 64
+_FULL_FACE_TOKENS = 257
+_MODELS = {768: "SD1.5", 2048: "SDXL"}
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """The two halves of a file.
+
+    Attributes:
+        name: for messages.
+        image_proj: weights that turn an encoded picture into tokens, keys without prefix.
+        ip_adapter: ``<number>.to_k_ip.weight`` and ``<number>.to_v_ip.weight`` [inner, cross_dim].
+    """
+
+    name: str
+    image_proj: StateDict
+    ip_adapter: StateDict
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Variant and sizes.
+
+    Attributes:
+        variant: "plus" (resampler), "plain" (one linear layer) or "full_face" (MLP over all tokens).
+        clip_dim: width of the CLIP vision output it was trained on.
+        cross_dim: width of its tokens, which is that of the model's text tokens: 768 or 2048.
+        tokens: image tokens per picture.
+        numbers: of the key and value pairs, ascending; pair k belongs to the k-th cross-attention of the model.
+        inner_dims: width of each pair's attention layer.
+    """
+
+    variant: Variant
+    clip_dim: int
+    cross_dim: int
+    tokens: int
+    numbers: tuple[int, ...]
+    inner_dims: tuple[int, ...]
+
+    @property
+    def family(self) -> str:
+        """The family of models it belongs to."""
+        return _MODELS.get(self.cross_dim, f"models with text tokens of {self.cross_dim}")
+
+    @property
+    def reads_pooled(self) -> bool:
+        """True where it takes the pooled image embed, False for the penultimate layer's hidden states."""
+        return self.variant == "plain"
+
+
+def split_weights(state_dict: Mapping[str, object], name: str) -> AdapterWeights:
+    """Sorts a loaded file into its halves, whether its keys are flat (safetensors) or nested (pickles).
+
+    Raises:
+        LunaInputError: it is no IP-Adapter.
+    """
+    halves: dict[str, StateDict] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in state_dict.items():
+        if isinstance(value, Mapping):
+            half = "ip_adapter" if key == "adapter_modules" else key
+            if half in halves:
+                halves[half].update(value)
+            continue
+        for prefix, half in _PREFIXES.items():
+            if key.startswith(prefix) and isinstance(value, Tensor):
+                halves[half][key.removeprefix(prefix)] = value
+    missing = [half for half, weights in halves.items() if not weights]
+    if missing:
+        shown = ", ".join(list(state_dict)[:3]) or "nothing"
+        raise LunaInputError(
+            f"ip_adapter_file '{name}' is no IP-Adapter: it has no {' and no '.join(missing)} weights "
+            f"(found {shown}, …). Put an IP-Adapter file, such as ip-adapter-plus_sdxl_vit-h.safetensors, "
+            "into models/ipadapter"
+        )
+    return AdapterWeights(name, halves["image_proj"], halves["ip_adapter"])
+
+
+def read_layout(weights: AdapterWeights) -> AdapterLayout:
+    """Finds variant and sizes.
+
+    Raises:
+        LunaInputError: the variant is not supported (with the reason), or the weights do not fit together.
+    """
+    _refuse_unsupported(weights)
+    numbers, inner_dims, cross_dim = _pairs(weights)
+    projection = weights.image_proj
+    if "latents" in projection:
+        clip_dim, tokens = _size(weights, "proj_in.weight", 1), projection["latents"].shape[1]
+        return AdapterLayout("plus", clip_dim, cross_dim, tokens, numbers, inner_dims)
+    if "proj.3.weight" in projection:
+        clip_dim = _size(weights, "proj.0.weight", 1)
+        return AdapterLayout("full_face", clip_dim, cross_dim, _FULL_FACE_TOKENS, numbers, inner_dims)
+    if "proj.weight" in projection and "norm.weight" in projection:
+        rows, clip_dim = projection["proj.weight"].shape
+        return AdapterLayout("plain", clip_dim, cross_dim, rows // cross_dim, numbers, inner_dims)
+    raise LunaInputError(
+        f"ip_adapter_file '{weights.name}' has an image projection Luna does not know "
+        f"({', '.join(sorted(projection)[:4])}, …): use a plain, plus, plus-face, full-face or composition adapter"
+    )
+
+
+def resampler_heads(weights: AdapterWeights) -> int:
+    """Attention heads of a plus file's resampler, 64 wide each."""
+    return _size(weights, "layers.0.0.to_q.weight", 0) // _RESAMPLER_HEAD_DIM
+
+
+def resampler_depth(weights: AdapterWeights) -> int:
+    """Layers of a plus file's resampler."""
+    return 1 + max(int(match[1]) for key in weights.image_proj if (match := re.match(r"layers\.(\d+)\.", key)))
+
+
+def _refuse_unsupported(weights: AdapterWeights) -> None:
+    projection = weights.image_proj
+    if any("to_q_lora" in key or "to_k_lora" in key for key in weights.ip_adapter) or any(
+        key.startswith("perceiver_resampler.") for key in projection
+    ):
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' is a FaceID adapter, which is not supported because it needs a face "
+            "identity network and a LoRA besides CLIP vision: use a plus-face or full-face adapter"
+        )
+    if "proj.2.weight" in projection and "proj.3.weight" not in projection:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' is a FaceID portrait adapter, which is not supported because it reads "
+            "face identity embeds instead of CLIP vision: use a plus-face or full-face adapter"
+        )
+    out = projection.get("layers.0.0.to_out.weight")
+    if out is not None and out.shape[0] in (2048, 4096) and "latents" in projection:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' is a Kolors adapter, which is not supported because Kolors has its own "
+            "text encoder and 336 px image encoder: use an SDXL or SD1.5 adapter with its model"
+        )
+
+
+def _pairs(weights: AdapterWeights) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    found: dict[str, set[int]] = {"k": set(), "v": set()}
+    for key in weights.ip_adapter:
+        if match := re.fullmatch(r"(\d+)\.to_([kv])_ip\.weight", key):
+            found[match[2]].add(int(match[1]))
+    if not found["k"] or found["k"] != found["v"]:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' holds {len(found['k'])} key and {len(found['v'])} value layers: "
+            "the file is damaged or no IP-Adapter; download it again"
+        )
+    numbers = tuple(sorted(found["k"]))
+    shapes = [weights.ip_adapter[f"{number}.to_k_ip.weight"].shape for number in numbers]
+    if len({shape[1] for shape in shapes}) != 1:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' mixes layers of different widths: the file is damaged; download it again"
+        )
+    return numbers, tuple(shape[0] for shape in shapes), shapes[0][1]
+
+
+def _size(weights: AdapterWeights, key: str, dimension: int) -> int:
+    if key not in weights.image_proj:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' lacks image_proj.{key}: the file is damaged; download it again"
+        )
+    return weights.image_proj[key].shape[dimension]

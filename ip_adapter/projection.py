@@ -1,0 +1,143 @@
+"""The network of an IP-Adapter: image projection, and the key and value layers of every cross-attention."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import AdapterLayout, AdapterWeights, resampler_depth, resampler_heads
+
+
+class LinearProjection(nn.Module):
+    """Plain: pooled image embed [N,clip_dim] → [N,tokens,cross_dim] (Ye et al. 2023, section 3.2)."""
+
+    def __init__(self, clip_dim: int, cross_dim: int, tokens: int, operations: Any) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.proj = operations.Linear(clip_dim, tokens * cross_dim)
+        self.norm = operations.LayerNorm(cross_dim)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.norm(self.proj(pooled).reshape(pooled.shape[0], self.tokens, -1))
+
+
+class FullFaceProjection(nn.Module):
+    """Full-face: hidden states [N,257,clip_dim] → [N,257,cross_dim], token by token."""
+
+    def __init__(self, clip_dim: int, cross_dim: int, operations: Any) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            operations.Linear(clip_dim, clip_dim),
+            nn.GELU(),
+            operations.Linear(clip_dim, cross_dim),
+            operations.LayerNorm(cross_dim),
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.proj(hidden)
+
+
+class _ResamplerAttention(nn.Module):
+    """Queries attend to the picture's tokens and to themselves."""
+
+    def __init__(self, dim: int, heads: int, operations: Any) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = heads * 64
+        self.norm1 = operations.LayerNorm(dim)
+        self.norm2 = operations.LayerNorm(dim)
+        self.to_q = operations.Linear(dim, inner, bias=False)
+        self.to_kv = operations.Linear(dim, 2 * inner, bias=False)
+        self.to_out = operations.Linear(inner, dim, bias=False)
+
+    def forward(self, picture: Tensor, queries: Tensor) -> Tensor:
+        picture, queries = self.norm1(picture), self.norm2(queries)
+        k, v = self.to_kv(torch.cat((picture, queries), dim=1)).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(queries), k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class Resampler(nn.Module):
+    """Plus: hidden states [N,257,clip_dim] → [N,tokens,cross_dim], a Perceiver resampler (Alayrac et al. 2022)."""
+
+    def __init__(
+        self, dim: int, depth: int, heads: int, tokens: int, clip_dim: int, cross_dim: int, operations: Any
+    ) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(1, tokens, dim))
+        self.proj_in = operations.Linear(clip_dim, dim)
+        self.proj_out = operations.Linear(dim, cross_dim)
+        self.norm_out = operations.LayerNorm(cross_dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([_ResamplerAttention(dim, heads, operations), _feed_forward(dim, operations)])
+            for _ in range(depth)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        picture = self.proj_in(hidden)
+        queries = self.latents.to(picture).expand(hidden.shape[0], -1, -1)
+        for attention, feed_forward in self.layers:
+            queries = queries + attention(picture, queries)
+            queries = queries + feed_forward(queries)
+        return self.norm_out(self.proj_out(queries))
+
+
+def _feed_forward(dim: int, operations: Any) -> nn.Sequential:
+    return nn.Sequential(
+        operations.LayerNorm(dim),
+        operations.Linear(dim, 4 * dim, bias=False),
+        nn.GELU(),
+        operations.Linear(4 * dim, dim, bias=False),
+    )
+
+
+class KeyValueLayers(nn.Module):
+    """``to_k_ip`` and ``to_v_ip`` of every cross-attention, in pair order."""
+
+    def __init__(self, layout: AdapterLayout, operations: Any) -> None:
+        super().__init__()
+        self.to_k, self.to_v = (
+            nn.ModuleList(operations.Linear(layout.cross_dim, inner, bias=False) for inner in layout.inner_dims)
+            for _ in range(2)
+        )
+
+    def forward(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [N,T,inner] of tokens [N,T,cross_dim], one pair per layer."""
+        return [(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k, self.to_v, strict=True)]
+
+
+class AdapterNetwork(nn.Module):
+    """Everything an IP-Adapter file holds.
+
+    Args:
+        weights, layout: of the file.
+        operations: namespace with ``Linear`` and ``LayerNorm``: ``torch.nn``, or one that casts weights when used.
+    """
+
+    def __init__(self, weights: AdapterWeights, layout: AdapterLayout, operations: Any = nn) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.image_proj = _projection(weights, layout, operations)
+            self.key_values = KeyValueLayers(layout, operations)
+        self.image_proj.load_state_dict(weights.image_proj, strict=True, assign=True)
+        self.key_values.load_state_dict(
+            {
+                f"to_{kind}.{index}.weight": weights.ip_adapter[f"{number}.to_{kind}_ip.weight"]
+                for index, number in enumerate(layout.numbers)
+                for kind in "kv"
+            },
+            strict=True,
+            assign=True,
+        )
+        self.requires_grad_(False).eval()
+
+
+def _projection(weights: AdapterWeights, layout: AdapterLayout, operations: Any) -> nn.Module:
+    if layout.variant == "plain":
+        return LinearProjection(layout.clip_dim, layout.cross_dim, layout.tokens, operations)
+    if layout.variant == "full_face":
+        return FullFaceProjection(layout.clip_dim, layout.cross_dim, operations)
+    dim = weights.image_proj["latents"].shape[2]
+    heads, depth = resampler_heads(weights), resampler_depth(weights)
+    return Resampler(dim, depth, heads, layout.tokens, layout.clip_dim, layout.cross_dim, operations)

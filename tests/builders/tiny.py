@@ -1,0 +1,111 @@
+"""Models small enough to run in milliseconds, built on ComfyUI's own classes: UNet, VAE, CLIP vision, IP-Adapter.
+
+Depth and text width are those of SD1.5 and SDXL, so that an IP-Adapter meets all of its 16 or 70 layers; the
+channels are 32.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import comfy.clip_vision
+import comfy.model_base
+import comfy.sd
+import comfy.supported_models
+import torch
+from builders import denoiser, ip_adapter_files
+from builders.seeding import StateDict, fan_in_scaled, generator_for
+from builders.vae import build_vae
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+Family = Literal["sd15", "sdxl"]
+
+CHANNELS = 32
+CONTEXT = {"sd15": 768, "sdxl": 2048}
+LAYERS = {"sd15": 16, "sdxl": 70}
+CLIP_HIDDEN, CLIP_POOLED = 64, 48
+_SMALL = {"model_channels": CHANNELS, "num_head_channels": 8, "num_heads": -1}
+
+
+def seed_weights(module: nn.Module, *name: object) -> None:
+    """Fan-in-scaled weights, norms one, biases zero; the same on every machine."""
+    generator = generator_for(*name)
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(fan_in_scaled(parameter.shape, generator))
+            elif key.endswith("weight"):
+                parameter.fill_(1)
+            else:
+                parameter.zero_()
+
+
+def unet(family: Family = "sd15", extra_channels: int = 0, prediction: str = "eps") -> ModelPatcher:
+    """A MODEL: ComfyUI's own BaseModel and UNetModel in a ModelPatcher.
+
+    Args:
+        family: depth, text width and vector conditioning.
+        extra_channels: 5 makes an inpaint model.
+        prediction: "eps" or "v".
+    """
+    config: dict[str, Any] = {**(denoiser.SD15_CONFIG if family == "sd15" else denoiser.SDXL_CONFIG), **_SMALL}
+    config |= {"in_channels": 4 + extra_channels, "use_temporal_attention": False}
+    config.setdefault("adm_in_channels", None)
+    settings = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](config)
+    settings.unet_config |= _SMALL  # the families' own head sizes are too wide for these channels
+    settings.set_inference_dtype(torch.float32, None)
+    kind = comfy.model_base.ModelType.V_PREDICTION if prediction == "v" else comfy.model_base.ModelType.EPS
+    base = {"sd15": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}[family]
+    model = base(settings, model_type=kind, device="cpu")
+    if extra_channels:
+        model.set_inpaint()
+    seed_weights(model.diffusion_model, "tiny unet", family, extra_channels)
+    model.eval()
+    return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def vae(family: Family = "sd15") -> Any:
+    """A VAE: the analytic TAESD, small anyway."""
+    scale = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family].latent_format()
+    return comfy.sd.VAE(sd=build_vae(scale.scale_factor))
+
+
+def clip_vision(folder: Path, hidden: int = CLIP_HIDDEN, pooled: int = CLIP_POOLED) -> Any:
+    """A CLIP_VISION of two layers that sees 56x56 px in patches of 14."""
+    config = {
+        "hidden_size": hidden,
+        "projection_dim": pooled,
+        "image_size": 56,
+        "patch_size": 14,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden,
+        "hidden_act": "gelu",
+        "num_channels": 3,
+        "model_type": "clip_vision_model",
+    }
+    path = folder / f"tiny_clip_{hidden}_{pooled}.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    model = comfy.clip_vision.ClipVisionModel(str(path))
+    seed_weights(model.model, "tiny clip", hidden, pooled)
+    return model
+
+
+def ip_adapter_weights(family: Family = "sd15", variant: str = "plus") -> StateDict:
+    """Keys and values of an IP-Adapter file for the tiny UNet and the tiny CLIP vision."""
+    if variant == "plain":
+        return ip_adapter_files.build_plain(family, CLIP_POOLED, CHANNELS)
+    if variant == "full_face":
+        return ip_adapter_files.build_full_face(family, CLIP_HIDDEN, CHANNELS)
+    return ip_adapter_files.build_plus(family, CLIP_HIDDEN, CHANNELS)
+
+
+def conditioning(family: Family = "sd15", name: str = "positive", tokens: int = 77) -> list[list[Any]]:
+    """A CONDITIONING with made-up text embeddings."""
+    generator = generator_for("tiny text", family, name)
+    text = torch.randn((1, tokens, CONTEXT[family]), generator=generator)
+    extra: dict[str, Tensor] = {}
+    if family == "sdxl":
+        extra["pooled_output"] = torch.randn((1, 1280), generator=generator)
+    return [[text, extra]]

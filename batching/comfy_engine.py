@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaRuntimeError
-from ..ip_adapter import RowEmbeds
+from ..ip_adapter import LayerWeights, RowEmbeds
 from ..ip_adapter.comfy_encode import encode_rows
 from ..ip_adapter.comfy_patch import IPAdapter, patch_model
 from .comfy_progress import SamplingProgress
@@ -32,6 +32,7 @@ class Anchor:
         clip_vision: ComfyUI's CLIP vision model.
         weight: strength of the anchor.
         start_percent, end_percent: part of the schedule, 0..1.
+        layer_weights: strength over the depth of the model, or None for the same everywhere.
     """
 
     adapter: IPAdapter
@@ -39,6 +40,7 @@ class Anchor:
     weight: float
     start_percent: float
     end_percent: float
+    layer_weights: LayerWeights | None = None
 
 
 class ComfyEngine:
@@ -139,6 +141,7 @@ class ComfyEngine:
                 weight=self.anchor_settings.weight,
                 start_percent=self.anchor_settings.start_percent,
                 end_percent=self.anchor_settings.end_percent,
+                layer_weights=self.anchor_settings.layer_weights,
             )
         return sample_rows(
             self.recipe,

@@ -58,6 +58,17 @@ class _ResamplerAttention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
+class _ResamplerLayer(nn.ModuleList):
+    """Attention and feed-forward, each added to its input; a list because files number them 0 and 1."""
+
+    def __init__(self, dim: int, heads: int, operations: Any) -> None:
+        super().__init__([_ResamplerAttention(dim, heads, operations), _feed_forward(dim, operations)])
+
+    def forward(self, picture: Tensor, queries: Tensor) -> Tensor:
+        queries = queries + self[0](picture, queries)
+        return queries + self[1](queries)
+
+
 class Resampler(nn.Module):
     """Plus: hidden states [N,257,clip_dim] → [N,tokens,cross_dim], a Perceiver resampler (Alayrac et al. 2022)."""
 
@@ -69,17 +80,13 @@ class Resampler(nn.Module):
         self.proj_in = operations.Linear(clip_dim, dim)
         self.proj_out = operations.Linear(dim, cross_dim)
         self.norm_out = operations.LayerNorm(cross_dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([_ResamplerAttention(dim, heads, operations), _feed_forward(dim, operations)])
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(_ResamplerLayer(dim, heads, operations) for _ in range(depth))
 
     def forward(self, hidden: Tensor) -> Tensor:
         picture = self.proj_in(hidden)
         queries = self.latents.to(picture).expand(hidden.shape[0], -1, -1)
-        for attention, feed_forward in self.layers:
-            queries = queries + attention(picture, queries)
-            queries = queries + feed_forward(queries)
+        for layer in self.layers:
+            queries = layer(picture, queries)
         return self.norm_out(self.proj_out(queries))
 
 

@@ -6,9 +6,10 @@ from comfy_api.latest import io
 
 from ..batching.comfy_engine import Anchor
 from ..errors import LunaInputError
+from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_encode import check_compatible
-from ..ip_adapter.comfy_patch import as_ip_adapter, model_supports_anchoring
-from .schema import IPAdapterType
+from ..ip_adapter.comfy_patch import as_ip_adapter, layers_for, model_supports_anchoring
+from .schema import IPAdapterType, LunaLayerWeightsType
 
 
 def anchor_inputs(weight: float) -> list[Any]:
@@ -51,11 +52,22 @@ def anchor_inputs(weight: float) -> list[Any]:
             optional=True,
             tooltip="Where in the model's whole schedule the anchor stops, 1 = at no noise.",
         ),
+        LunaLayerWeightsType.Input(
+            "layer_weights",
+            optional=True,
+            tooltip="Strength over the depth of the model (Luna Layer Weights); without it the same everywhere.",
+        ),
     ]
 
 
 def choose_anchor(
-    model: Any, ip_adapter: Any, clip_vision: Any, weight: float, start_percent: float, end_percent: float
+    model: Any,
+    ip_adapter: Any,
+    clip_vision: Any,
+    weight: float,
+    start_percent: float,
+    end_percent: float,
+    layer_weights: LayerWeights | None,
 ) -> tuple[Anchor | None, list[str]]:
     """The anchor to use, or None with the reasons why rows go by text only.
 
@@ -77,4 +89,6 @@ def choose_anchor(
         return None, ["model has no UNet cross-attention, so ip_adapter cannot act on it: text only, without anchors"]
     adapter = as_ip_adapter(ip_adapter)
     check_compatible(model, adapter, clip_vision)
-    return Anchor(adapter, clip_vision, weight, start_percent, end_percent), []
+    if layer_weights is not None:
+        layer_weights.resolve(layers_for(model, adapter))
+    return Anchor(adapter, clip_vision, weight, start_percent, end_percent, layer_weights), []

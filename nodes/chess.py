@@ -128,6 +128,7 @@ class LunaChessRefiner(io.ComfyNode):
         ip_adapter_weight: float = 0.4,
         ip_adapter_start: float = 0.0,
         ip_adapter_end: float = 1.0,
+        layer_weights: Any = None,
         refined_mask: Tensor | None = None,
         refined_strength: float = 0.5,
         noise_scaffold: Any = None,
@@ -144,7 +145,7 @@ class LunaChessRefiner(io.ComfyNode):
             return io.NodeOutput(_scaled(image, output_scale), drawing, ui=warning)
         check_models(model, vae, tile_size)
         anchor, warnings = choose_anchor(
-            model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end
+            model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )
         engine = ComfyEngine(
             ksampler_recipe(model, positive, negative, settings),

@@ -130,6 +130,7 @@ class LunaSemanticDetailer(io.ComfyNode):
         ip_adapter_weight: float = 0.5,
         ip_adapter_start: float = 0.0,
         ip_adapter_end: float = 1.0,
+        layer_weights: Any = None,
         noise_scaffold: Any = None,
         overlap_mode: Any = "together",
         blend: Any = "feather",
@@ -148,7 +149,7 @@ class LunaSemanticDetailer(io.ComfyNode):
             return _unchanged(image, crops, notice("denoise is 0: the picture passes through unchanged"))
         check_models(model, vae, crop_size)
         anchor, warnings = choose_anchor(
-            model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end
+            model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )
         engine = ComfyEngine(
             ksampler_recipe(model, positive, negative, settings),

@@ -10,8 +10,9 @@ log = logging.getLogger("luna")
 
 LunaDetections = io.Custom("LUNA_DETECTIONS")
 LunaConcepts = io.Custom("LUNA_CONCEPTS")
-LunaLayerWeights = io.Custom("LUNA_LAYER_WEIGHTS")
+LunaLayerWeightsType = io.Custom("LUNA_LAYER_WEIGHTS")
 LunaSAM3 = io.Custom("LUNA_SAM3")
+LunaEmbeds = io.Custom("LUNA_EMBEDS")
 IPAdapterType = io.Custom("IPADAPTER")
 
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}

@@ -38,7 +38,8 @@ def as_masks(masks: Tensor, picture: Picture, name: str = "masks") -> Tensor:
         raise LunaInputError(f"{name} has shape {list(masks.shape)}: a mask batch [N,H,W] is needed")
     flat = masks.reshape(-1, *masks.shape[-2:]).to(device="cpu", dtype=torch.float32)
     height, width = flat.shape[1:]
-    if not same_aspect(width, height, picture.width, picture.height):
+    nothing_drawn = not flat.any()  # Load Image gives 64x64 zeros for a picture without alpha
+    if not nothing_drawn and not same_aspect(width, height, picture.width, picture.height):
         raise LunaInputError(
             f"{name} has {width}x{height} px, image has {picture.width}x{picture.height} px: the aspect is another, "
             "so they do not belong together. Use masks made from this image"

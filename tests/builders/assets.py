@@ -9,4 +9,5 @@ SD15_PLAIN = "ipadapter/luna_demo_plain_sd15.safetensors"
 SDXL_PLUS = "ipadapter/luna_demo_plus_sdxl.safetensors"
 SDXL_PLAIN = "ipadapter/luna_demo_plain_sdxl.safetensors"
 
+PAINTED_ASTRONAUT = "luna_astronaut_painted.png"  # the same with five regions painted in the mask editor's way
 ASTRONAUT = "luna_astronaut.png"  # 512x512 px, public domain

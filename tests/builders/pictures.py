@@ -3,10 +3,35 @@
 from pathlib import Path
 
 import skimage.data
-from builders.assets import ASTRONAUT
-from PIL import Image
+from builders.assets import ASTRONAUT, PAINTED_ASTRONAUT
+from PIL import Image, ImageDraw
+
+REGIONS = {
+    "face": (180, 68, 272, 194),
+    "mission patch": (134, 348, 208, 424),
+    "name tag": (278, 340, 330, 380),
+    "shuttle": (360, 60, 448, 256),
+    "helmet": (300, 372, 500, 508),
+}
+"""x1, y1, x2, y2 px of things on the astronaut's photograph."""
+
+
+def astronaut() -> Image.Image:
+    """512x512 px, RGB, public domain."""
+    return Image.fromarray(skimage.data.astronaut())
+
+
+def painted_astronaut() -> Image.Image:
+    """The photograph with an ellipse over each region erased from its alpha, as ComfyUI's mask editor saves a mask."""
+    picture = astronaut().convert("RGBA")
+    alpha = Image.new("L", picture.size, 255)
+    for box in REGIONS.values():
+        ImageDraw.Draw(alpha).ellipse(box, fill=0)
+    picture.putalpha(alpha)
+    return picture
 
 
 def write_pictures(input_dir: Path) -> None:
     input_dir.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(skimage.data.astronaut()).save(input_dir / ASTRONAUT)
+    astronaut().save(input_dir / ASTRONAUT)
+    painted_astronaut().save(input_dir / PAINTED_ASTRONAUT)

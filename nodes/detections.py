@@ -1,0 +1,107 @@
+"""Detections from masks and from boxes."""
+
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..errors import LunaInputError
+from ..sam3_bridge.detections import Detections
+from ..sam3_bridge.from_boxes import from_boxes, parse_boxes
+from ..sam3_bridge.from_masks import Picture, from_masks
+from .checks import check_image
+from .schema import LunaDetections, luna_schema, notice
+
+CATEGORY = "Luna/Detections"
+
+
+def picture_of(image: Tensor) -> Picture:
+    """Size and number of a checked picture batch [B,H,W,C]."""
+    check_image(image)
+    count, height, width, _ = image.shape
+    return Picture(width, height, count)
+
+
+def detections_output(tooltip: str = "What was found, for the Semantic Detailer.") -> Any:
+    return LunaDetections.Output("detections", display_name="detections", tooltip=tooltip)
+
+
+def node_output(detections: Detections, notices: tuple[str, ...]) -> io.NodeOutput:
+    """The detections, with notices shown on the node."""
+    return io.NodeOutput(detections, ui=notice(*notices) if notices else None)
+
+
+class LunaDetectionsFromMasks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return luna_schema(
+            node_id="LunaDetectionsFromMasks",
+            display_name="Detections from Masks (Luna)",
+            category=CATEGORY,
+            description="Makes one detection of every mask, or of every connected area of it.",
+            search_aliases=["mask to segs", "mask islands", "masks to regions"],
+            inputs=[
+                io.Mask.Input("masks", tooltip="One or many masks of the picture; another size of its aspect is fine."),
+                io.Image.Input("image", tooltip="The picture the masks belong to: tells the size and the batch."),
+                io.String.Input("label", default="", tooltip="A name for these detections, to filter and to match."),
+                io.Boolean.Input(
+                    "split_islands",
+                    default=False,
+                    tooltip="Every connected area of a mask becomes its own detection, each its own row of the batch.",
+                ),
+            ],
+            outputs=[detections_output()],
+        )
+
+    @classmethod
+    def execute(cls, masks: Tensor, image: Tensor, label: str, split_islands: bool) -> io.NodeOutput:
+        return node_output(*from_masks(masks, picture_of(image), label.strip(), split_islands))
+
+
+class LunaDetectionsFromBoxes(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return luna_schema(
+            node_id="LunaDetectionsFromBoxes",
+            display_name="Detections from Boxes (Luna)",
+            category=CATEGORY,
+            description="Makes detections of boxes: those of ComfyUI's own detector nodes with their masks, "
+            "x1 y1 x2 y2 arrays, or JSON text.",
+            search_aliases=["bbox", "bounding box", "boxes to segs", "yolo", "ultralytics", "sam3 boxes"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture the boxes belong to; boxes are in its px."),
+                io.String.Input("label", default="", tooltip="A name for boxes that bring none."),
+                io.String.Input(
+                    "boxes_json",
+                    default="",
+                    multiline=True,
+                    tooltip="Boxes as JSON text in px: [[x1, y1, x2, y2], …], one list per picture for a batch, "
+                    'or {"boxes": …, "scores": …, "labels": …}. Leave empty when bboxes is connected.',
+                ),
+                io.Custom("BOUNDING_BOX").Input(
+                    "bboxes", optional=True, tooltip="Boxes as ComfyUI's detector nodes give them, or x1 y1 x2 y2 rows."
+                ),
+                io.Mask.Input(
+                    "masks", optional=True, tooltip="One mask per box in the same order, or one per picture."
+                ),
+            ],
+            outputs=[detections_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, label: str, boxes_json: str, bboxes: Any = None, masks: Tensor | None = None
+    ) -> io.NodeOutput:
+        picture = picture_of(image)
+        if bboxes is not None and boxes_json.strip():
+            raise LunaInputError("both bboxes and boxes_json are given: clear the text, or disconnect bboxes")
+        if bboxes is None and not boxes_json.strip():
+            raise LunaInputError("neither bboxes nor boxes_json is given: connect boxes, or write them as JSON")
+        if bboxes is None:
+            boxes = parse_boxes(boxes_json, picture.image_count, "boxes_json")
+        else:
+            boxes = parse_boxes(bboxes, picture.image_count, "bboxes")
+        return node_output(*from_boxes(boxes, picture, masks, label.strip()))
+
+
+NODES = (LunaDetectionsFromMasks, LunaDetectionsFromBoxes)

@@ -1,0 +1,61 @@
+"""The bundled workflows in API form, with the small models in place of the published ones."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from builders import assets
+
+Graph = dict[str, dict[str, Any]]
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+
+_SMALL_FILES = {
+    ("CheckpointLoaderSimple", "ckpt_name"): assets.SD15_CHECKPOINT,
+    ("CLIPVisionLoader", "clip_name"): assets.CLIP_VISION,
+    ("LunaIPAdapterLoader", "ip_adapter_file"): assets.SD15_PLUS,
+}
+_SMALL_WORK = {
+    "crop_size": 128,
+    "tile_size": 128,
+    "steps": 4,
+    "cfg": 3.0,
+    "sampler_name": "euler",
+    "scheduler": "normal",
+}
+
+
+def workflow(name: str, picture: str = assets.PAINTED_ASTRONAUT, **settings: Any) -> Graph:
+    """A bundled workflow that this machine can run in seconds.
+
+    Args:
+        name: of the file in ``workflows/api`` without suffix.
+        picture: file in ComfyUI's input folder for the workflow's Load Image.
+        settings: inputs of Luna's refiners, over small defaults.
+    """
+    graph: Graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node in graph.values():
+        inputs = node["inputs"]
+        for key in inputs:
+            if (node["class_type"], key) in _SMALL_FILES:
+                inputs[key] = _SMALL_FILES[node["class_type"], key].split("/", 1)[1]
+        if node["class_type"] == "LoadImage":
+            inputs["image"] = picture
+        inputs.update({key: value for key, value in (_SMALL_WORK | settings).items() if key in inputs})
+    return graph
+
+
+def change(graph: Graph, class_type: str, **inputs: Any) -> Graph:
+    """A copy in which every node of a class has other inputs; None removes one."""
+    changed = copy.deepcopy(graph)
+    for node in changed.values():
+        if node["class_type"] == class_type:
+            node["inputs"] = {key: value for key, value in (node["inputs"] | inputs).items() if value is not None}
+    return changed
+
+
+def node_id(graph: Graph, class_type: str) -> str:
+    """The id of the only node of a class."""
+    (found,) = (key for key, node in graph.items() if node["class_type"] == class_type)
+    return found

@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=None, help="port of the server (default: any free one)")
     arguments = parser.parse_args()
 
-    graph = workflow("semantic_detailer", crop_size=192, steps=6, denoise=0.4, feather=12)
+    graph = workflow("semantic_detailer", crop_size=320, steps=4, denoise=0.25, feather=12)
     titles = {key: node["_meta"]["title"] for key, node in graph.items()}
     print("Starting ComfyUI …")
     try:
@@ -53,9 +53,8 @@ def main() -> int:
             run = server.run(graph, ProgressLine(titles))
             (saved,) = run.outputs[node_id(graph, "SaveImage")]["images"]
             _write(server.image(saved))
-            print(
-                f"\n\nRefined in {run.seconds:.0f} s. The small models are made up: they show the mechanics, not beauty."
-            )
+            print(f"\n\nRefined in {run.seconds:.0f} s. The small models' weights are made up:")
+            print("the pictures show the mechanics, not beauty.")
             for name in ("before", "after", "side_by_side"):
                 print(f"  {OUTPUT / f'{name}.png'}")
             if arguments.serve:

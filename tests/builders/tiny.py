@@ -27,6 +27,9 @@ LAYERS = {"sd15": 16, "sdxl": 70}
 CLIP_HIDDEN, CLIP_POOLED = 64, 48
 _SMALL = {"model_channels": CHANNELS, "num_head_channels": 8, "num_heads": -1}
 
+_BRANCH_ENDS = ("to_out.0.weight", "proj_out.weight", "out_layers.3.weight", "ff.net.2.weight")
+"""Residual branches add little, or 70 random layers would magnify rounding into chaos."""
+
 
 def seed_weights(module: nn.Module, *name: object) -> None:
     """Fan-in-scaled weights, norms one, biases zero; the same on every machine."""
@@ -34,7 +37,8 @@ def seed_weights(module: nn.Module, *name: object) -> None:
     with torch.no_grad():
         for key, parameter in module.named_parameters():
             if parameter.ndim > 1:
-                parameter.copy_(fan_in_scaled(parameter.shape, generator))
+                gain = 0.3 if key.endswith(_BRANCH_ENDS) else 1.0
+                parameter.copy_(fan_in_scaled(parameter.shape, generator, gain))
             elif key.endswith("weight"):
                 parameter.fill_(1)
             else:

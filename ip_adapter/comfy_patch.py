@@ -83,7 +83,8 @@ def load_ip_adapter(path: str) -> IPAdapter:
     return _from_weights(split_weights(state_dict, name))
 
 
-_converted: "weakref.WeakKeyDictionary[Tensor, IPAdapter]" = weakref.WeakKeyDictionary()
+_converted: dict[int, IPAdapter] = {}
+"""Adapters of other packs' weights by the identity of one of their tensors, for as long as that tensor lives."""
 
 
 def as_ip_adapter(given: Any) -> IPAdapter:
@@ -104,9 +105,10 @@ def as_ip_adapter(given: Any) -> IPAdapter:
         )
     split = split_weights(weights, "of the connected loader")
     mark = next(iter(split.ip_adapter.values()))
-    if mark not in _converted:
-        _converted[mark] = _from_weights(split)
-    return _converted[mark]
+    if id(mark) not in _converted:
+        _converted[id(mark)] = _from_weights(split)
+        weakref.finalize(mark, _converted.pop, id(mark), None)
+    return _converted[id(mark)]
 
 
 def _from_weights(weights: AdapterWeights) -> IPAdapter:

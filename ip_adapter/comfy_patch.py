@@ -1,6 +1,7 @@
 """IP-Adapters on ComfyUI: files as managed models, and the patch that anchors every row of a batch."""
 
 import inspect
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,11 @@ def load_ip_adapter(path: str) -> IPAdapter:
         raise LunaInputError(
             f"ip_adapter_file '{name}' is gone: press R to refresh the list and choose again"
         ) from None
+    except pickle.UnpicklingError as error:
+        raise LunaInputError(
+            f"ip_adapter_file '{name}' was not opened: it is damaged, or it carries code or objects besides weights, "
+            "which could harm this machine. Get the adapter as .safetensors, or from its author again"
+        ) from error
     except Exception as error:
         # The loaders raise many kinds of error; the reason is passed on in full.
         raise LunaInputError(
@@ -83,8 +89,8 @@ def load_ip_adapter(path: str) -> IPAdapter:
     return _from_weights(split_weights(state_dict, name))
 
 
-_converted: dict[int, IPAdapter] = {}
-"""Adapters of other packs' weights by the identity of one of their tensors, for as long as that tensor lives."""
+_converted: dict[tuple[int, int], IPAdapter] = {}
+"""Adapters of other packs' weights by the identity of a tensor of either half, for as long as both live."""
 
 
 def as_ip_adapter(given: Any) -> IPAdapter:
@@ -104,11 +110,13 @@ def as_ip_adapter(given: Any) -> IPAdapter:
             "connect Luna's IP-Adapter Loader, or an IPAdapter loader that gives image_proj and ip_adapter weights"
         )
     split = split_weights(weights, "of the connected loader")
-    mark = next(iter(split.ip_adapter.values()))
-    if id(mark) not in _converted:
-        _converted[id(mark)] = _from_weights(split)
-        weakref.finalize(mark, _converted.pop, id(mark), None)
-    return _converted[id(mark)]
+    marks = [next(iter(half.values())) for half in (split.image_proj, split.ip_adapter)]
+    place = (id(marks[0]), id(marks[1]))
+    if place not in _converted:
+        _converted[place] = _from_weights(split)
+        for mark in marks:
+            weakref.finalize(mark, _converted.pop, place, None)
+    return _converted[place]
 
 
 def _from_weights(weights: AdapterWeights) -> IPAdapter:

@@ -100,6 +100,7 @@ def read_layout(weights: AdapterWeights) -> AdapterLayout:
     _refuse_unsupported(weights)
     numbers, inner_dims, cross_dim = _pairs(weights)
     projection = weights.image_proj
+    _check_width(weights, cross_dim)
     if "latents" in projection:
         clip_dim, tokens = _size(weights, "proj_in.weight", 1), projection["latents"].shape[1]
         return AdapterLayout("plus", clip_dim, cross_dim, tokens, numbers, inner_dims)
@@ -158,12 +159,33 @@ def _pairs(weights: AdapterWeights) -> tuple[tuple[int, ...], tuple[int, ...], i
             "the file is damaged or no IP-Adapter; download it again"
         )
     numbers = tuple(sorted(found["k"]))
-    shapes = [weights.ip_adapter[f"{number}.to_k_ip.weight"].shape for number in numbers]
-    if len({shape[1] for shape in shapes}) != 1:
+    shapes, values = (
+        [weights.ip_adapter[f"{number}.to_{kind}_ip.weight"].shape for number in numbers] for kind in "kv"
+    )
+    if shapes != values or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
         raise LunaInputError(
             f"ip_adapter_file '{weights.name}' mixes layers of different widths: the file is damaged; download it again"
         )
     return numbers, tuple(shape[0] for shape in shapes), shapes[0][1]
+
+
+_WIDTH_KEYS = ("norm_out.weight", "proj.3.weight", "norm.weight")
+"""The last norm of each projection is as wide as its tokens."""
+
+
+def _check_width(weights: AdapterWeights, cross_dim: int) -> None:
+    for key in _WIDTH_KEYS:
+        if key in weights.image_proj and (width := _size(weights, key, 0)) != cross_dim:
+            raise LunaInputError(
+                f"ip_adapter_file '{weights.name}' projects pictures to tokens {width} wide, but its attention layers "
+                f"read {cross_dim}: the file is damaged; download it again"
+            )
+    linear = weights.image_proj.get("proj.weight")
+    if linear is not None and linear.shape[0] % cross_dim:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' projects pictures to {linear.shape[0]} numbers, which are no whole "
+            f"tokens {cross_dim} wide: the file is damaged; download it again"
+        )
 
 
 def _size(weights: AdapterWeights, key: str, dimension: int) -> int:

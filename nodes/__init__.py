@@ -6,7 +6,16 @@ from .folders import register_folders
 
 register_folders()
 
-from . import chess, detailer, detections, ip_adapter, plan, upscale  # noqa: E402 (the loaders list these folders)
+from . import (  # noqa: E402 (the loaders list these folders)
+    chess,
+    detailer,
+    detection_tools,
+    detections,
+    ip_adapter,
+    plan,
+    segs,
+    upscale,
+)
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     *detailer.NODES,
@@ -14,5 +23,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     *plan.NODES,
     *upscale.NODES,
     *detections.NODES,
+    *segs.NODES,
+    *detection_tools.NODES,
     *ip_adapter.NODES,
 )

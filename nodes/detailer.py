@@ -9,8 +9,8 @@ from torch import Tensor
 from ..batching.blend import BLENDS
 from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_sampling import SamplingSettings, ksampler_recipe
-from ..batching.crops import resample
-from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, plan_detections
+from ..batching.crops import cut, resample
+from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
 from ..batching.refine import PasteSettings, refine
 from .anchors import anchor_inputs, choose_anchor
 from .checks import check_image, check_models, check_scaffold
@@ -144,9 +144,9 @@ class LunaSemanticDetailer(io.ComfyNode):
         found = detections.scaled_to(width, height)
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
-            return _unchanged(image, crops, notice("detections holds no regions: the picture passes through unchanged"))
+            return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))
         if denoise == 0:
-            return _unchanged(image, crops, notice("denoise is 0: the picture passes through unchanged"))
+            return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
         check_models(model, vae, crop_size)
         anchor, warnings = choose_anchor(
             model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
@@ -176,10 +176,11 @@ def _as_batch(crops: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([resample(crop, side, side) for crop in crops])
 
 
-def _unchanged(image: Tensor, crops: CropSettings, ui: dict[str, Any]) -> io.NodeOutput:
-    side = crops.crop_size or AUTO_SIZES[-1]
-    nothing = torch.zeros(0, side, side, 3)
-    return io.NodeOutput(image, torch.zeros(image.shape[:3]), nothing, nothing, ui=ui)
+def _unchanged(image: Tensor, plan: RefinePlan, ui: dict[str, Any]) -> io.NodeOutput:
+    """The picture as it came; its regions as they are, or one black crop where there are none to show."""
+    crops = [cut(image[region.image_index, ..., :3], region.crop, *region.working_size) for region in plan.regions]
+    shown = _as_batch(tuple(crops)) if crops else torch.zeros(1, AUTO_SIZES[0], AUTO_SIZES[0], 3)
+    return io.NodeOutput(image, torch.zeros(image.shape[:3]), shown, shown, ui=ui)
 
 
 NODES = (LunaSemanticDetailer,)

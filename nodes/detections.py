@@ -23,7 +23,7 @@ def picture_of(image: Tensor) -> Picture:
 
 
 def detections_output(tooltip: str = "What was found, for the Semantic Detailer.") -> Any:
-    return LunaDetections.Output("detections", display_name="detections", tooltip=tooltip)
+    return LunaDetections.Output("found", display_name="detections", tooltip=tooltip)
 
 
 def node_output(detections: Detections, notices: tuple[str, ...]) -> io.NodeOutput:

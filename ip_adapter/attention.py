@@ -70,12 +70,19 @@ class RowAnchors:
         self._cond: KeyValues | None = None
         self._uncond: KeyValues | None = None
         self._arranged: dict[tuple[Any, ...], Any] = {}
-        self._roles: tuple[bool, ...] | None = None
+        self.roles: tuple[bool, ...] | None = None
+        """Which entries of ``cond_or_uncond`` pictures anchor; None is ComfyUI's convention, entry 0 alone."""
         self.guider: Any = None
         """ComfyUI's guider of the sampling call under way: knows the prompts by name."""
         self.latent_size: tuple[int, int] | None = None
         """(height, width) of the latents being sampled, where known; masks span all of it."""
-        self._seen: tuple[Tensor | None, bool] = (None, True)
+        self.block_replacements: Mapping[Any, Callable[..., Tensor]] = {}
+        """Replacements that other packs set for whole blocks, as they are in the call under way."""
+        self._seen: tuple[Tensor | None, float] = (None, 0.0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RowAnchors":
+        """The same object: ComfyUI copies a model's options deeply with every clone, and all clones share anchors."""
+        return self
 
     def prepare(self) -> None:
         """Makes keys and values; done by the first layer where nobody did it before."""
@@ -87,25 +94,22 @@ class RowAnchors:
         """Drops keys and values; the next use makes them again."""
         self._cond = self._uncond = None
         self._arranged.clear()
-        self._seen = (None, True)
-
-    def set_roles(self, roles: tuple[bool, ...] | None) -> tuple[bool, ...] | None:
-        """Says which entries of ``cond_or_uncond`` are anchored by pictures (True) and which by none (False).
-
-        None goes back to ComfyUI's convention: entry 0 is the positive prompt. Returns the roles before.
-        """
-        before, self._roles = self._roles, roles
-        return before
+        self._seen = (None, 0.0)
 
     def acts(self, options: Options) -> bool:
-        """Whether anchors act at this call's noise level; reads it back from the device once per model call at most."""
-        if self.options.acts_always or "sigmas" not in options:
+        """Whether anchors act at this call's noise level."""
+        if self.options.acts_always:
             return True
-        sigmas = options["sigmas"]
+        return self.within(self.options.sigma_start, self.options.sigma_end, options)
+
+    def within(self, sigma_start: float, sigma_end: float, options: Options) -> bool:
+        """Whether this call's noise level lies in a range; reads it back from the device once per model call."""
+        sigmas = options.get("sigmas")
+        if sigmas is None:
+            return True
         if self._seen[0] is not sigmas:
-            sigma = float(sigmas.max())
-            self._seen = (sigmas, self.options.sigma_end <= sigma <= self.options.sigma_start)
-        return self._seen[1]
+            self._seen = (sigmas, float(sigmas.max()))
+        return sigma_end <= self._seen[1] <= sigma_start
 
     def arrange(self, layer: int, swapped: bool, factor: float, q: Tensor, options: Options) -> tuple[Tensor, ...]:
         """Keys, values [R,T,inner] and weight [R,1,1] for the rows of this call, kept for the calls to come.
@@ -149,9 +153,9 @@ class RowAnchors:
         return self._arranged[place]
 
     def _roles_of(self, cond_or_uncond: list[int]) -> tuple[bool, ...]:
-        if self._roles is None:
+        if self.roles is None:
             return tuple(entry == 0 for entry in cond_or_uncond)
-        return tuple(self._roles[entry] for entry in cond_or_uncond)
+        return tuple(self.roles[entry] for entry in cond_or_uncond)
 
     def _make(self, layer: int, roles: tuple[bool, ...], swapped: bool, factor: float, q: Tensor) -> tuple[Tensor, ...]:
         self.prepare()
@@ -175,7 +179,7 @@ class AnchoredAttention:
         layer: number of the layer's key and value pair.
         factor, swapped: see ``LayerFactor``.
         attention: ComfyUI's attention.
-        previous: the replacement that this one takes the place of.
+        previous: the replacement for this transformer that this one takes the place of.
     """
 
     def __init__(
@@ -196,15 +200,16 @@ class AnchoredAttention:
         self._additions: tuple[tuple[Callable[..., Any], dict[str, Any]], ...] = ()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
-        out = (self.previous or self.attention)(q, k, v, extra_options)
+        # ComfyUI asks for a transformer's replacement first, so one for its whole block would go unheard.
+        replaced = self.previous or self.anchors.block_replacements.get(extra_options.get("block")) or self.attention
+        out = replaced(q, k, v, extra_options)
         if self.anchors.acts(extra_options):
             ip_k, ip_v, weight = self.anchors.arrange(self.layer, self.swapped, self.factor, q, extra_options)
             mask = self.anchors.mask(q, extra_options)
             image = self.attention(q, ip_k, ip_v, extra_options)
             out = torch.addcmul(out, image, weight if mask is None else weight * mask)
         for callback, arguments in self._additions:
-            sigma = float(extra_options["sigmas"][0])
-            if arguments["sigma_end"] <= sigma <= arguments["sigma_start"]:
+            if self.anchors.within(arguments["sigma_start"], arguments["sigma_end"], extra_options):
                 out = out + callback(out, q, k, v, extra_options, **arguments)
         return out
 

@@ -3,7 +3,7 @@
 import inspect
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +206,7 @@ def patch_model(
     patched = model.clone()
     for pair, (layer, factor) in enumerate(zip(layers, factors, strict=True)):
         if factor.factor:
-            previous = _existing_replacement(patched, layer)
+            previous = _replacements(patched.model_options).get(layer.key)
             replacement = AnchoredAttention(anchors, pair, factor.factor, factor.swapped, _attention, previous)
             patched.set_model_attn2_replace(replacement, *layer.key)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _WRAPPER_KEY, _prepare_for(anchors))
@@ -214,10 +214,9 @@ def patch_model(
     return patched
 
 
-def _existing_replacement(model: Any, layer: AttentionLayer) -> Any:
-    """A replacement set for this transformer, or for its whole block as ComfyUI also allows."""
-    replacements = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    return replacements.get(layer.key) or replacements.get(layer.key[:2])
+def _replacements(model_options: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """Cross-attention replacements on a model, by transformer (part, block, transformer) or block (part, block)."""
+    return model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -234,29 +233,18 @@ def _prepare_for(anchors: RowAnchors) -> Callable[..., Any]:
                 f"ip_adapter: {len(anchors.embeds)} image embeds for a batch of {noise.shape[0]} latents: every latent "
                 "needs its own embed. Give as many images as the latent batch holds"
             )
-        anchors.latent_size = (noise.shape[-2], noise.shape[-1])
-        anchors.prepare()
-        with _guided_by(anchors, executor.class_obj):
-            try:
+        try:
+            anchors.prepare()
+            with _during(anchors, guider=executor.class_obj, latent_size=(noise.shape[-2], noise.shape[-1])):
                 return executor(noise, *args, **kwargs)
-            finally:
-                anchors.release()
-                anchors.latent_size = None
+        finally:
+            anchors.release()
 
     return outer_sample
 
 
 _NEGATIVE = ("negative", "empty_negative_prompt")
 """Names under which ComfyUI's guiders keep prompts that pictures must not anchor."""
-
-
-@contextmanager
-def _guided_by(anchors: RowAnchors, guider: Any) -> Iterator[None]:
-    before, anchors.guider = anchors.guider, guider
-    try:
-        yield
-    finally:
-        anchors.guider = before
 
 
 def _roles_for(anchors: RowAnchors) -> Callable[..., Any]:
@@ -266,20 +254,30 @@ def _roles_for(anchors: RowAnchors) -> Callable[..., Any]:
     or self-attention guidance a single one of them.
     """
 
-    def calc_cond_batch(executor: Any, model: Any, conds: list[Any], *args: Any, **kwargs: Any) -> Any:
-        by_name = getattr(anchors.guider, "conds", {})
-        negatives = [by_name[name] for name in _NEGATIVE if name in by_name]
-        positives = [entry for name, entry in by_name.items() if name not in _NEGATIVE]
-        roles = tuple(
-            not any(entry is negative for negative in negatives)
-            if any(entry is known for known in negatives + positives)
-            else place == 0
-            for place, entry in enumerate(conds)
-        )
-        before = anchors.set_roles(roles)
-        try:
-            return executor(model, conds, *args, **kwargs)
-        finally:
-            anchors.set_roles(before)
+    def calc_cond_batch(
+        executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: Any
+    ) -> Any:
+        roles = _roles(getattr(anchors.guider, "conds", {}), conds)
+        with _during(anchors, roles=roles, block_replacements=_replacements(model_options)):
+            return executor(model, conds, x, timestep, model_options)
 
     return calc_cond_batch
+
+
+def _roles(by_name: Mapping[str, Any], conds: Sequence[Any]) -> tuple[bool, ...]:
+    """For each list of prompts whether pictures anchor it; a list the guider does not know goes by its place."""
+    known = {id(entry): name not in _NEGATIVE for name, entry in by_name.items()}
+    return tuple(known.get(id(entry), place == 0) for place, entry in enumerate(conds))
+
+
+@contextmanager
+def _during(anchors: RowAnchors, **state: Any) -> Iterator[None]:
+    """Sets attributes of the anchors, and puts back what was there before."""
+    before = {name: getattr(anchors, name) for name in state}
+    for name, value in state.items():
+        setattr(anchors, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(anchors, name, value)

@@ -122,6 +122,9 @@ class ContentAdapter:
         self.marks: Tensor = torch.empty(0)
         self.rows: list[list[tuple[float, int]]] = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ContentAdapter":
+        return self  # ComfyUI copies a model's options deeply with every clone
+
     def patch(self, model: Any) -> Any:
         patched = model.clone()
         patched.set_model_attn2_patch(self._read_marks)

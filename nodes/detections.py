@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
-from ..sam3_bridge.from_boxes import from_boxes, parse_boxes
+from ..sam3_bridge.from_boxes import from_boxes, parse_boxes, with_scores
 from ..sam3_bridge.from_masks import Picture, from_masks
 from .checks import check_image
 from .schema import LunaDetections, luna_schema, notice
@@ -84,24 +84,37 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
                 io.Mask.Input(
                     "masks", optional=True, tooltip="One mask per box in the same order, or one per picture."
                 ),
+                io.String.Input(
+                    "scores_json",
+                    default="",
+                    optional=True,
+                    tooltip="Scores as JSON text, one per box, from nodes that give them apart: [0.93, 0.71]. "
+                    "Empty: those the boxes bring.",
+                ),
             ],
             outputs=[detections_output()],
         )
 
     @classmethod
     def execute(
-        cls, image: Tensor, label: str, boxes_json: str, bboxes: Any = None, masks: Tensor | None = None
+        cls,
+        image: Tensor,
+        label: str,
+        boxes_json: str,
+        bboxes: Any = None,
+        masks: Tensor | None = None,
+        scores_json: str = "",
     ) -> io.NodeOutput:
         picture = picture_of(image)
         if bboxes is not None and boxes_json.strip():
             raise LunaInputError("both bboxes and boxes_json are given: clear the text, or disconnect bboxes")
         if bboxes is None and not boxes_json.strip():
             raise LunaInputError("neither bboxes nor boxes_json is given: connect boxes, or write them as JSON")
-        if bboxes is None:
-            boxes = parse_boxes(boxes_json, picture.image_count, "boxes_json")
-        else:
-            boxes = parse_boxes(bboxes, picture.image_count, "bboxes")
-        return node_output(*from_boxes(boxes, picture, masks, label.strip()))
+        given, name = (boxes_json, "boxes_json") if bboxes is None else (bboxes, "bboxes")
+        boxes = parse_boxes(given, picture.image_count, name)
+        if scores_json.strip():
+            boxes = with_scores(boxes, scores_json)
+        return node_output(*from_boxes(boxes, picture, masks, label.strip(), name))
 
 
 NODES = (LunaDetectionsFromMasks, LunaDetectionsFromBoxes)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,24 @@ def parse_boxes(given: Any, image_count: int, name: str = "bboxes") -> list[Box]
     return boxes
 
 
+def with_scores(boxes: Sequence[Box], given: Any, name: str = "scores_json") -> list[Box]:
+    """The boxes with scores that came on their own, as JSON text or a list.
+
+    Raises:
+        LunaInputError: there is not one score from 0 to 1 for every box.
+    """
+    scores = _plain(_from_json(given, name, "[0.93, 0.71]") if isinstance(given, str) else given)
+    if not isinstance(scores, list) or any(isinstance(s, bool) or not isinstance(s, int | float) for s in scores):
+        raise LunaInputError(f"{name} is {scores!r}: a list of numbers is needed, for example [0.93, 0.71]")
+    if len(scores) != len(boxes):
+        raise LunaInputError(f"{name} holds {len(scores)} scores for {len(boxes)} boxes: give one for each")
+    for place, score in enumerate(scores):
+        check_score(score, f"{name}: number {place}")
+    return [replace(box, score=float(score)) for box, score in zip(boxes, scores, strict=True)]
+
+
 def from_boxes(
-    boxes: Sequence[Box], picture: Picture, masks: Tensor | None = None, label: str = ""
+    boxes: Sequence[Box], picture: Picture, masks: Tensor | None = None, label: str = "", name: str = "bboxes"
 ) -> tuple[Detections, tuple[str, ...]]:
     """Detections of boxes, with masks where they are given.
 
@@ -71,6 +87,7 @@ def from_boxes(
         masks: [N,h,w], one per box in the same order, or one per picture that covers all its boxes; any size of the
             picture's aspect.
         label: for boxes that bring none.
+        name: of the input the boxes came by, for messages.
 
     Returns:
         The detections in the order of the boxes, and notices about boxes that were clipped to the picture.
@@ -81,20 +98,19 @@ def from_boxes(
     flat = None if masks is None else as_masks(masks, picture)
     if flat is not None and len(flat) not in (len(boxes), picture.image_count):
         raise LunaInputError(
-            f"masks holds {len(flat)}, bboxes {len(boxes)} boxes and image {picture.image_count} pictures: "
+            f"masks holds {len(flat)}, {name} {len(boxes)} boxes and image {picture.image_count} pictures: "
             "give one mask per box, or one per picture"
         )
     items, clipped = [], 0
     for place, box in enumerate(boxes):
-        name = f"bboxes: box {place} {format_box(box.xyxy)}"
-        xyxy = _clip(box, picture, name)
+        xyxy = _clip(box, picture, f"{name}: box {place} {format_box(box.xyxy)}")
         clipped += xyxy != box.xyxy
         mask = None
         if flat is not None:
             own = len(flat) == len(boxes)
             xyxy, mask = _cut_mask(flat[place if own else box.image_index], xyxy, picture, own)
         items.append(Detection(box.image_index, xyxy, mask, box.score, box.label or label))
-    notice = f"bboxes: {clipped} of {len(boxes)} reached over the picture's edge and were clipped"
+    notice = f"{name}: {clipped} of {len(boxes)} reached over the picture's edge and were clipped"
     found = Detections(tuple(items), picture.width, picture.height, picture.image_count)
     return found, (notice,) if clipped else ()
 
@@ -134,13 +150,12 @@ def _clip(box: Box, picture: Picture, name: str) -> BoxPx:
     return max(0.0, x1), max(0.0, y1), min(float(picture.width), x2), min(float(picture.height), y2)
 
 
-def _from_json(text: str, name: str) -> Any:
+def _from_json(text: str, name: str, example: str = "[[10, 20, 110, 140], [200, 40, 260, 120]]") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise LunaInputError(
-            f"{name} is no JSON ({error.msg} at line {error.lineno}, column {error.colno}): "
-            "write for example [[10, 20, 110, 140], [200, 40, 260, 120]]"
+            f"{name} is no JSON ({error.msg} at line {error.lineno}, column {error.colno}): write for example {example}"
         ) from error
 
 
@@ -172,6 +187,9 @@ def _entries(entry: Any, name: str) -> list[Any]:
     if isinstance(entry, Mapping) and "boxes" in entry:
         boxes = entry["boxes"]
         columns = {"score": entry.get("scores"), "label": entry.get("labels")}
+        for key, column in {"boxes": boxes, "scores": columns["score"], "labels": columns["label"]}.items():
+            if not isinstance(column, list | None):
+                raise LunaInputError(f"{name}: {key} is {column!r}: a list is needed")
         for key, column in columns.items():
             if column is not None and len(column) != len(boxes):
                 raise LunaInputError(f"{name}: {len(boxes)} boxes but {len(column)} {key}s")

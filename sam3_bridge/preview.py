@@ -83,11 +83,17 @@ def _tint(picture: Tensor, item: Detection, colour: Tensor, stroke: int) -> None
     """Lays a mask's colour over a picture [H,W,3] in place, with a bright rim along the mask's edge."""
     x1, y1, x2, y2 = window = outward_px(item.box, picture.shape[1], picture.shape[0])
     mask = rasterise(item, window)
-    reach = 2 * stroke + 1
-    eroded = -F.max_pool2d(-F.pad(mask[None, None], (stroke,) * 4), reach, stride=1)[0, 0]
+    eroded = _eroded(mask, stroke)
     cover = torch.maximum(mask * FILL, mask - eroded) if item.mask is not None else mask * FILL
     part = picture[y1:y2, x1:x2]
     part.lerp_(colour.expand_as(part), cover[..., None])
+
+
+def _eroded(mask: Tensor, px: int) -> Tensor:
+    """A mask [h,w] drawn in by ``px`` on every side; beyond its box there is nothing."""
+    outside = 1 - F.pad(mask[None, None], (px,) * 4)
+    grown = F.max_pool2d(outside, (2 * px + 1, 1), stride=1)  # rows, then columns: a square in two passes
+    return 1 - F.max_pool2d(grown, (1, 2 * px + 1), stride=1)[0, 0]
 
 
 def _inside(item: Detection, width: int, height: int) -> tuple[int, int, int, int]:

@@ -1,0 +1,194 @@
+"""Boxes are read in every form detectors give them, above all as ComfyUI's own SAM3 nodes do."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from luna_refinement.errors import LunaInputError
+from luna_refinement.nodes.detections import LunaDetectionsFromBoxes
+from luna_refinement.sam3_bridge.detections import Detections
+from luna_refinement.sam3_bridge.from_boxes import from_boxes, parse_boxes, with_scores
+from luna_refinement.sam3_bridge.from_masks import Picture
+
+ONE = Picture(200, 100, 1)
+TWO = Picture(200, 100, 2)
+
+FACE = {"x": 10.5, "y": 20.0, "width": 40.0, "height": 50.25, "score": 0.93}
+HAND = {"x": 100.0, "y": 5.0, "width": 30.0, "height": 20.0, "score": 0.71}
+EYE = {"x": 150.0, "y": 60.0, "width": 20.0, "height": 10.0, "score": 0.5}
+
+
+def found(given: Any, picture: Picture = ONE, masks: torch.Tensor | None = None, label: str = "") -> Detections:
+    return from_boxes(parse_boxes(given, picture.image_count), picture, masks, label)[0]
+
+
+def places(detections: Detections) -> list[tuple[int, tuple[float, ...], float]]:
+    return [(item.image_index, item.box, item.score) for item in detections]
+
+
+FACE_AT, HAND_AT, EYE_AT = (10.5, 20, 50.5, 70.25), (100, 5, 130, 25), (150, 60, 170, 70)
+
+
+@pytest.mark.parametrize(
+    ("given", "picture", "wanted"),
+    [
+        ([[FACE, HAND]], ONE, [(0, FACE_AT, 0.93), (0, HAND_AT, 0.71)]),
+        ([[FACE, HAND], [EYE]], TWO, [(0, FACE_AT, 0.93), (0, HAND_AT, 0.71), (1, EYE_AT, 0.5)]),
+        ([[], [EYE]], TWO, [(1, EYE_AT, 0.5)]),
+        ([[FACE], []], TWO, [(0, FACE_AT, 0.93)]),
+        ([[], []], TWO, []),
+        ([], ONE, []),
+        ([FACE, HAND], ONE, [(0, FACE_AT, 0.93), (0, HAND_AT, 0.71)]),
+        (FACE, ONE, [(0, FACE_AT, 0.93)]),
+    ],
+)
+def test_core_sam3_boxes(given: Any, picture: Picture, wanted: list[Any]) -> None:
+    """A list of dicts per frame, one flat list, or a single dict, as SAM3_Detect and its companions give them."""
+    assert places(found(given, picture)) == wanted
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [[10, 20, 30, 40], [50, 60, 70, 80]],
+        [[[10, 20, 30, 40], [50, 60, 70, 80]]],
+        torch.tensor([[10, 20, 30, 40], [50, 60, 70, 80]]),
+        np.array([[10, 20, 30, 40], [50, 60, 70, 80]], dtype=np.float32),
+        ((10, 20, 30, 40), (50, 60, 70, 80)),
+        "[[10, 20, 30, 40], [50, 60, 70, 80]]",
+        '[{"x": 10, "y": 20, "width": 20, "height": 20}, {"x1": 50, "y1": 60, "x2": 70, "y2": 80}]',
+        {"boxes": torch.tensor([[10, 20, 30, 40], [50, 60, 70, 80]])},
+    ],
+)
+def test_arrays_and_text_say_the_same(given: Any) -> None:
+    assert places(found(given)) == [(0, (10, 20, 30, 40), 1.0), (0, (50, 60, 70, 80), 1.0)]
+
+
+def test_ultralytics_rows_bring_a_score_and_a_class() -> None:
+    assert places(found(np.array([[10, 20, 30, 40, 0.75, 3]]))) == [(0, (10, 20, 30, 40), 0.75)]
+
+
+def test_json_of_boxes_scores_and_labels() -> None:
+    text = json.dumps({"boxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "scores": [0.9, 0.8], "labels": ["face", ""]})
+    items = found(text, label="thing").items
+    assert [(item.score, item.label) for item in items] == [(0.9, "face"), (0.8, "thing")]
+
+
+def test_individual_masks_lie_in_frame_order() -> None:
+    masks = torch.zeros(3, 50, 100)
+    masks[0, 10:35, 5:25] = 1
+    masks[1, 3:12, 50:65] = 1
+    masks[2, 30:35, 75:85] = 0.5
+    items = found([[FACE, HAND], [EYE]], TWO, masks).items
+    assert [item.image_index for item in items] == [0, 0, 1]
+    for item, mask in zip(items, masks, strict=True):
+        assert item.mask is not None
+        assert float(item.mask.sum()) == pytest.approx(float(mask.sum()))
+        assert item.box[2] - item.box[0] == 2 * item.mask.shape[1]
+    assert items[1].box == (100, 4, 130, 26)
+
+
+def test_a_mask_that_reaches_over_its_box_is_kept_whole() -> None:
+    mask = torch.zeros(1, 100, 200)
+    mask[0, 10:40, 10:60] = 1
+    (item,) = found([[20, 15, 50, 35]], ONE, mask)
+    assert item.box == (10, 10, 60, 40)
+
+
+def test_union_masks_are_cut_to_each_box() -> None:
+    masks = torch.ones(2, 100, 200)
+    items = found([[FACE, HAND, EYE], [EYE, HAND]], TWO, masks).items
+    assert [item.box for item in items] == [(10, 20, 51, 71), HAND_AT, EYE_AT, EYE_AT, HAND_AT]
+    assert all(item.mask is not None and bool((item.mask == 1).all()) for item in items)
+
+
+def test_boxes_over_the_edge_are_clipped_with_a_notice() -> None:
+    boxes = parse_boxes([[-5, -5, 20, 20], [50, 50, 60, 60]], 1)
+    detections, notices = from_boxes(boxes, ONE)
+    assert detections.items[0].box == (0, 0, 20, 20)
+    assert "1 of 2" in notices[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("[[1, 2, 3", "bboxes is no JSON.*line 1"),
+        ("face", "bboxes is no JSON"),
+        (7, "bboxes is a int"),
+        ([[10, 20, 30, 40, math.nan]], "score nan"),
+        ([{**FACE, "score": math.nan}], "box 0.*score nan"),
+        ([{**FACE, "score": 93}], "score 93"),
+        ([FACE, {**HAND, "width": -30}], "box 1.*reversed"),
+        ([[30, 20, 10, 40]], "box 0.*reversed"),
+        ([[10, 20, math.inf, 40]], "finite"),
+        ([[1, 2, 3]], "box 0"),
+        ([{"x": 1, "y": 2}], "box 0"),
+        ([{"x": "left", "y": 2, "width": 3, "height": 4}], "box 0"),
+        ([FACE, "face"], "box 1"),
+        ({"boxes": [[1, 2, 3, 4]], "scores": [0.5, 0.6]}, "1 boxes but 2 scores"),
+        ({"boxes": [[1, 2, 3, 4]], "labels": []}, "1 boxes but 0 labels"),
+        ({"boxes": [[1, 2, 3, 4]], "scores": 0.5}, "scores"),
+        ({"boxes": 5}, "boxes"),
+        ([[FACE], [HAND]], "lists for 2 pictures, image holds 1"),
+    ],
+)
+def test_what_cannot_be_read_is_named(given: Any, wanted: str) -> None:
+    with pytest.raises(LunaInputError, match=wanted) as caught:
+        found(given)
+    assert str(caught.value).startswith("bboxes")
+
+
+def test_boxes_outside_the_picture_are_named() -> None:
+    with pytest.raises(LunaInputError, match=r"box 1 \[300, 10, 320, 40\] lies outside the 200x100 px"):
+        found([[10, 20, 30, 40], [300, 10, 320, 40]])
+
+
+def test_masks_must_fit_boxes_or_pictures() -> None:
+    with pytest.raises(LunaInputError, match="masks holds 3, bboxes 2 boxes and image 1"):
+        found([FACE, HAND], ONE, torch.ones(3, 100, 200))
+    with pytest.raises(LunaInputError, match="aspect"):
+        found([FACE], ONE, torch.ones(1, 100, 100))
+
+
+def test_scores_that_come_apart_join_their_boxes() -> None:
+    boxes = parse_boxes("[[1, 2, 3, 4], [5, 6, 7, 8]]", 1)
+    assert [box.score for box in with_scores(boxes, "[0.25, 1]")] == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [
+        ("[0.5", "is no JSON"),
+        ("[0.5]", "1 scores for 2 boxes"),
+        ("[0.5, NaN]", "number 1: score nan"),
+        ('[0.5, "high"]', "a list of numbers"),
+        ("0.5", "a list of numbers"),
+    ],
+)
+def test_scores_that_do_not_fit_are_named(scores: str, wanted: str) -> None:
+    with pytest.raises(LunaInputError, match=f"scores_json.*{wanted}"):
+        with_scores(parse_boxes("[[1, 2, 3, 4], [5, 6, 7, 8]]", 1), scores)
+
+
+def run(**inputs: Any) -> Any:
+    return LunaDetectionsFromBoxes.execute(
+        **{"image": torch.zeros(1, 100, 200, 3), "label": "", "boxes_json": ""} | inputs
+    )
+
+
+def test_the_node_takes_either_text_or_boxes() -> None:
+    assert len(run(bboxes=[[FACE, HAND]], label="face").args[0]) == 2
+    assert len(run(boxes_json="[[1, 2, 3, 4]]").args[0]) == 1
+    scored = run(boxes_json="[[1, 2, 3, 4]]", scores_json="[0.5]", masks=torch.ones(1, 100, 200)).args[0].items[0]
+    assert (scored.score, scored.mask is None) == (0.5, False)
+    with pytest.raises(LunaInputError, match="boxes_json: box 0.*outside"):
+        run(boxes_json="[[300, 2, 303, 4]]")
+    with pytest.raises(LunaInputError, match="neither bboxes nor boxes_json"):
+        run()
+    with pytest.raises(LunaInputError, match="both bboxes and boxes_json"):
+        run(bboxes=[FACE], boxes_json="[[1, 2, 3, 4]]")
+    with pytest.raises(LunaInputError, match="boxes_json is no JSON"):
+        run(boxes_json="{")

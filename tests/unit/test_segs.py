@@ -1,0 +1,169 @@
+"""SEGS come in by their fields alone, and go back with everything they carried."""
+
+import math
+from collections import namedtuple
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from luna_refinement.errors import LunaInputError
+from luna_refinement.nodes.segs import LunaDetectionsFromSEGS, LunaDetectionsToSEGS
+from luna_refinement.sam3_bridge.detections import Detection, Detections, rasterise
+from luna_refinement.sam3_bridge.segs import crop_region, from_segs, to_segs
+
+ForeignSEG = namedtuple(
+    "ForeignSEG",
+    ["cropped_image", "cropped_mask", "confidence", "crop_region", "bbox", "label", "control_net_wrapper"],
+    defaults=[None],
+)
+
+
+def seg(**fields: Any) -> Any:
+    """A face at 40..80 x 30..60 px in a crop of 20..100 x 10..80 px, its mask an inner rectangle."""
+    mask = np.zeros((70, 80), dtype=np.float32)
+    mask[25:45, 25:55] = 1
+    values = {
+        "cropped_image": torch.rand(1, 70, 80, 3),
+        "cropped_mask": mask,
+        "confidence": np.array(0.8, dtype=np.float32),
+        "crop_region": [20, 10, 100, 80],
+        "bbox": np.array([40.0, 30.0, 80.0, 60.0]),
+        "label": "face",
+        "control_net_wrapper": object(),
+    }
+    return ForeignSEG(**(values | fields))
+
+
+SIZE = (100, 200)
+
+
+def test_round_trip_hands_back_the_very_segments() -> None:
+    given = [seg(), seg(label="hand", confidence=0.5), seg(cropped_mask=None, cropped_image=None)]
+    (height, width), back = to_segs(from_segs((SIZE, given))[0])
+    assert (height, width) == SIZE
+    assert len(back) == 3
+    assert all(one is other for one, other in zip(back, given, strict=True))
+
+
+def test_round_trip_keeps_the_segments_of_those_that_passed_a_filter() -> None:
+    given = [seg(), seg(label="hand"), seg()]
+    found, _ = from_segs((SIZE, given))
+    kept = found.with_items([found.items[2], found.items[0]])
+    assert [item is wanted for item, wanted in zip(to_segs(kept)[1], (given[2], given[0]), strict=True)] == [True, True]
+
+
+def test_a_segment_becomes_its_box_and_mask() -> None:
+    (item,) = from_segs((SIZE, [seg()]))[0]
+    assert item.box == (40, 30, 80, 60)
+    assert (item.label, item.score) == ("face", pytest.approx(0.8))
+    drawn = rasterise(item, (0, 0, 200, 100))
+    wanted = torch.zeros(100, 200)
+    wanted[35:55, 45:75] = 1
+    assert torch.equal(drawn, wanted)
+
+
+def test_a_mask_beyond_the_box_is_kept() -> None:
+    mask = np.ones((70, 80), dtype=np.float32)
+    (item,) = from_segs((SIZE, [seg(cropped_mask=mask)]))[0]
+    assert item.box == (20, 10, 100, 80)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(1, 70, 80), torch.ones(70, 80, dtype=torch.bool), np.full((70, 80), 255, dtype=np.uint8)],
+)
+def test_masks_of_every_kind_are_read(mask: Any) -> None:
+    (item,) = from_segs((SIZE, [seg(cropped_mask=mask)]))[0]
+    assert item.mask is not None
+    assert bool((item.mask == 1).all())
+
+
+def test_at_another_size_the_place_is_scaled_and_the_rest_kept() -> None:
+    given = seg()
+    (back,) = to_segs(from_segs((SIZE, [given]))[0].scaled_to(400, 200), crop_factor=2.0)[1]
+    assert tuple(back.bbox) == (80, 60, 160, 120)
+    assert back.label == "face"
+    assert back.confidence == pytest.approx(0.8)
+    assert back.control_net_wrapper is given.control_net_wrapper
+    x1, y1, x2, y2 = back.crop_region
+    assert back.cropped_mask.shape == (y2 - y1, x2 - x1)
+
+
+def test_a_changed_mask_makes_a_new_segment() -> None:
+    found, _ = from_segs((SIZE, [seg()]))
+    changed = replace(found.items[0], mask=torch.ones(3, 3))
+    (back,) = to_segs(found.with_items([changed]))[1]
+    assert back.cropped_mask.sum() == pytest.approx(40 * 30)
+
+
+def test_new_segments_have_the_fields_in_the_usual_order() -> None:
+    found = Detections((Detection(0, (10, 10, 30, 20), label="eye"), Detection(1, (0, 0, 5, 5))), 64, 48, image_count=2)
+    header, (one,) = to_segs(found, image_index=0)
+    assert header == (48, 64)
+    assert one._fields == ForeignSEG._fields
+    assert one.crop_region == (0, 0, 61, 31)
+    assert one.cropped_mask.dtype == np.float32
+    assert one.cropped_mask.sum() == pytest.approx(200)
+    assert len(to_segs(found, image_index=1)[1]) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0, 190), st.floats(0, 90), st.floats(1, 200), st.floats(1, 100), st.floats(1, 10), st.integers(0, 1))
+def test_crop_regions_hold_their_box_and_stay_inside(
+    x: float, y: float, wide: float, high: float, factor: float, whole: int
+) -> None:
+    box = (x, y, min(x + wide, 200), min(y + high, 100))
+    if whole:
+        box = (math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3]))
+    x1, y1, x2, y2 = crop_region(box, factor, 200, 100)
+    assert 0 <= x1 <= box[0] < box[2] <= x2 <= 200
+    assert 0 <= y1 <= box[1] < box[3] <= y2 <= 100
+
+
+def test_no_segment_is_no_detection_and_a_notice() -> None:
+    found, notices = from_segs((SIZE, []))
+    assert (len(found), found.width, found.height) == (0, 200, 100)
+    assert "no segment" in notices[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (None, "segs is a NoneType"),
+        ([seg()], "no SEGS"),
+        ((SIZE, [object()]), "segment 0 is a object without"),
+        ((SIZE, [seg(), seg(bbox=[1, 2, 3])]), "segment 1: bbox"),
+        ((SIZE, [seg(bbox=[80, 30, 40, 60])]), "segment 0: bbox.*reversed"),
+        ((SIZE, [seg(bbox=[280, 30, 340, 60])]), "outside the 200x100 px"),
+        ((SIZE, [seg(confidence=math.nan)]), "segment 0: confidence: score nan"),
+        ((SIZE, [seg(confidence=None)]), "confidence"),
+        ((SIZE, [seg(confidence="high")]), "confidence"),
+        ((SIZE, [seg(crop_region=[20, 10, 300, 80])]), "crop_region.*outside"),
+        ((SIZE, [seg(cropped_mask=np.zeros((3, 3)))]), r"cropped_mask has shape \[3, 3\]"),
+        ((SIZE, [seg(cropped_mask=np.full((70, 80), np.nan))]), "outside 0..1"),
+    ],
+)
+def test_what_is_no_segs_is_named(given: Any, wanted: str) -> None:
+    with pytest.raises(LunaInputError, match=wanted) as caught:
+        from_segs(given)
+    assert str(caught.value).startswith("segs")
+
+
+def test_pictures_that_do_not_exist_are_named() -> None:
+    with pytest.raises(LunaInputError, match="image_index is 1"):
+        to_segs(Detections((), 10, 10), image_index=1)
+    with pytest.raises(LunaInputError, match="crop_factor"):
+        to_segs(Detections((), 10, 10), crop_factor=0.5)
+
+
+def test_the_nodes_go_both_ways() -> None:
+    given = (SIZE, [seg(), seg()])
+    found = LunaDetectionsFromSEGS.execute(segs=given).args[0]
+    output = LunaDetectionsToSEGS.execute(detections=found, image_index=0, crop_factor=3.0)
+    assert output.args[0][1][0] is given[1][0]
+    assert output.ui is None
+    assert "empty SEGS" in LunaDetectionsToSEGS.execute(Detections((), 10, 10), 0, 3.0).ui["text"][0]

@@ -1,0 +1,107 @@
+"""Peak memory of one refinement with a trivial model, in a process of its own; prints one line of JSON.
+
+memory_probe.py tiles 4096      Chess order, 1024 px tiles, on a 4096x4096 px picture
+memory_probe.py regions 4096    30 regions at 1024 px, crops before and after kept as the Semantic Detailer does
+
+The picture and the plan are there before the measurement begins, and the models' part is left out: what remains is
+canvas, mask, kept crops, and whatever the refinement holds while it works.
+"""
+
+# ruff: noqa: E402
+
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import setup
+
+setup.import_comfyui()
+setup.import_pack()
+
+import torch
+import torch.nn.functional as F
+from builders.detections import PlainDetection
+from builders.seeding import generator_for
+from luna_refinement.batching.grid import TileSettings, plan_tiles
+from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.refine import EncodedRows, refine
+from torch import Tensor
+
+REGIONS, CROP, ROWS_PER_BATCH = 30, 1024, 8
+
+
+@dataclass
+class BlockEngine:
+    """Latents are the means of 8x8 px blocks: 64 times smaller than the crops, as with a real VAE."""
+
+    rows_per_batch: int = ROWS_PER_BATCH
+
+    def anchor(self, crops: Tensor) -> object | None:
+        return None
+
+    def join_anchors(self, parts: Sequence[object | None]) -> object | None:
+        return None
+
+    def encode(self, crops: Tensor) -> Tensor:
+        return torch.cat([F.avg_pool2d(crop.movedim(-1, 0)[None], 8) for crop in crops])  # one crop at a time
+
+    def sample(self, rows: EncodedRows) -> Tensor:
+        return rows.latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.interpolate(latents, scale_factor=8, mode="nearest").movedim(1, -1)
+
+
+def plan_for(kind: str, side: int) -> RefinePlan:
+    if kind == "tiles":
+        return plan_tiles(side, side, 1, TileSettings(CROP, 0.125), seed=0)
+    generator = generator_for("memory", side)
+    boxes = []
+    for _ in range(REGIONS):
+        size = int(torch.randint(200, 800, (), generator=generator))
+        x, y = (int(n) for n in torch.randint(0, side - size, (2,), generator=generator))
+        boxes.append(PlainDetection((x, y, x + size, y + size)))
+    return plan_detections(boxes, side, side, 1, CropSettings(CROP), seed=0)
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize()
+
+
+def main() -> None:
+    kind, side = sys.argv[1], int(sys.argv[2])
+    _warm_up(kind)
+    image = torch.full((1, side, side, 3), 0.5)
+    plan = plan_for(kind, side)
+    before, peak_before = resident_bytes(), peak_bytes()
+    refined = refine(image, plan, BlockEngine(), keep_crops=kind == "regions")
+    kept = sum(crop.nbytes for crop in (*refined.crops_before, *refined.crops_after))
+    report = {
+        "peak": peak_bytes() - before,
+        "certain": peak_bytes() > peak_before,
+        "canvas": refined.image.nbytes,
+        "mask": refined.mask.nbytes,
+        "kept": kept,
+        "rows": ROWS_PER_BATCH,
+        "chunk": ROWS_PER_BATCH * CROP * CROP * 3 * 4,
+    }
+    print(json.dumps(report))
+
+
+def _warm_up(kind: str) -> None:
+    """A small run first: libraries load and threads start before the measurement."""
+    refine(torch.full((1, 1100, 1100, 3), 0.5), plan_for(kind, 1100), BlockEngine(1))
+
+
+if __name__ == "__main__":
+    main()

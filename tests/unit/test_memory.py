@@ -1,0 +1,50 @@
+"""Peak memory of a refinement: the canvas and one batch of crops, however large the picture and however many regions.
+
+Each measurement runs in a process of its own, where the picture exists before it begins and the model is trivial.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROBE = Path(__file__).resolve().parents[2] / "benchmarks" / "memory_probe.py"
+
+TEMPORARY_CROPS = 6
+"""What cutting, checking and pasting may hold beside the batch: that many single crops (1024 px: 12 MiB each)."""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident size from /proc")
+
+
+def measure(kind: str, side: int) -> dict[str, int]:
+    """Bytes; see the probe."""
+    command = [sys.executable, str(PROBE), kind, str(side)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, int] = json.loads(finished.stdout)
+    assert found["certain"], "the peak lies before the measurement"
+    return found
+
+
+def allowed(found: dict[str, int]) -> int:
+    crop = found["chunk"] // found["rows"]
+    return found["canvas"] + found["mask"] + found["kept"] + found["chunk"] + TEMPORARY_CROPS * crop
+
+
+@pytest.mark.parametrize("side", [2048, 4096])
+def test_tiles_need_the_canvas_and_one_batch_of_crops(side: int) -> None:
+    found = measure("tiles", side)
+    assert found["peak"] <= allowed(found)
+
+
+def test_thirty_regions_need_the_canvas_their_crops_and_one_batch() -> None:
+    found = measure("regions", 4096)
+    assert found["kept"] == 2 * 30 * 1024 * 1024 * 3 * 4
+    assert found["peak"] <= allowed(found)
+
+
+def test_the_measurement_sees_what_is_held() -> None:
+    """Crops that are kept must show in the peak, or the measurement would see nothing."""
+    without, kept = measure("tiles", 2048), measure("regions", 2048)
+    assert kept["peak"] - without["peak"] > 0.8 * kept["kept"]

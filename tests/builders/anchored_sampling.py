@@ -14,7 +14,6 @@ from torch import Tensor
 
 ROWS = 3
 SIDE = 16
-STRONG = 2.0
 
 
 def adapter(family: tiny.Family, variant: str = "plain") -> IPAdapter:
@@ -54,10 +53,12 @@ def plain_guider(model: Any, given: Mapping[str, Any], cfg: float = 4.0) -> comf
     return guider
 
 
-def sample(guider: Any, steps: int = 2, rows: int = ROWS, callback: Callable[..., None] | None = None) -> Tensor:
-    """[rows,4,16,16] after a few Euler steps from noise."""
+def sample(
+    guider: Any, steps: int = 2, rows: int = ROWS, callback: Callable[..., None] | None = None, side: int = SIDE
+) -> Tensor:
+    """[rows,4,side,side] after a few Euler steps from noise."""
     generator = generator_for("latents", rows)
-    noise = torch.randn((rows, 4, SIDE, SIDE), generator=generator)
+    noise = torch.randn((rows, 4, side, side), generator=generator)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
     sampler = comfy.samplers.sampler_object("euler")
@@ -74,9 +75,10 @@ def anchored(model: Any, family: tiny.Family = "sd15", rows: int = ROWS, **setti
 
 def run_node(node: Any, *args: Any, **kwargs: Any) -> Any:
     """First output of a ComfyUI node class, written for its first or third node interface."""
-    if hasattr(node, "execute"):
-        return node.execute(*args, **kwargs).result[0]
-    return getattr(node(), node.FUNCTION)(*args, **kwargs)[0]
+    output = (
+        node.execute(*args, **kwargs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(*args, **kwargs)
+    )
+    return getattr(output, "result", output)[0]
 
 
 def change(a: Tensor, b: Tensor) -> float:

@@ -45,20 +45,27 @@ def seed_weights(module: nn.Module, *name: object) -> None:
                 parameter.zero_()
 
 
-def unet(family: Family = "sd15", extra_channels: int = 0, prediction: str = "eps") -> ModelPatcher:
+def unet(
+    family: Family = "sd15",
+    extra_channels: int = 0,
+    prediction: str = "eps",
+    dtype: torch.dtype = torch.float32,
+    manual_cast: torch.dtype | None = None,
+) -> ModelPatcher:
     """A MODEL: ComfyUI's own BaseModel and UNetModel in a ModelPatcher.
 
     Args:
         family: depth, text width and vector conditioning.
         extra_channels: 5 makes an inpaint model.
         prediction: "eps" or "v".
+        dtype, manual_cast: of the weights, and of the computation where it is another.
     """
     config: dict[str, Any] = {**(denoiser.SD15_CONFIG if family == "sd15" else denoiser.SDXL_CONFIG), **_SMALL}
     config |= {"in_channels": 4 + extra_channels, "use_temporal_attention": False}
     config.setdefault("adm_in_channels", None)
     settings = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](config)
     settings.unet_config |= _SMALL  # the families' own head sizes are too wide for these channels
-    settings.set_inference_dtype(torch.float32, None)
+    settings.set_inference_dtype(dtype, manual_cast)
     kind = comfy.model_base.ModelType.V_PREDICTION if prediction == "v" else comfy.model_base.ModelType.EPS
     base = {"sd15": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}[family]
     model = base(settings, model_type=kind, device="cpu")

@@ -8,21 +8,25 @@ register_folders()
 
 from . import (  # noqa: E402 (the loaders list these folders)
     chess,
+    concepts,
     detailer,
     detection_tools,
     detections,
     ip_adapter,
     plan,
+    sam3,
     segs,
     upscale,
 )
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     *detailer.NODES,
+    *concepts.NODES,
     *chess.NODES,
     *plan.NODES,
     *upscale.NODES,
     *detections.NODES,
+    *sam3.NODES,
     *segs.NODES,
     *detection_tools.NODES,
     *ip_adapter.NODES,

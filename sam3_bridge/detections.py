@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,10 +38,10 @@ class Detection:
 
     image_index: int
     box: BoxPx
-    mask: Tensor | None = None
+    mask: Tensor | None = field(default=None, repr=False)
     score: float = 1.0
     label: str = ""
-    extra: Any = None
+    extra: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         name = f"detection '{self.label}'" if self.label else "detection"

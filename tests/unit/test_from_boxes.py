@@ -184,7 +184,7 @@ def test_the_node_takes_either_text_or_boxes() -> None:
     assert len(run(boxes_json="[[1, 2, 3, 4]]").args[0]) == 1
     scored = run(boxes_json="[[1, 2, 3, 4]]", scores_json="[0.5]", masks=torch.ones(1, 100, 200)).args[0].items[0]
     assert (scored.score, scored.mask is None) == (0.5, False)
-    with pytest.raises(LunaInputError, match="boxes_json: box 0.*outside"):
+    with pytest.raises(LunaInputError, match=r"boxes_json: box 0.*outside"):
         run(boxes_json="[[300, 2, 303, 4]]")
     with pytest.raises(LunaInputError, match="neither bboxes nor boxes_json"):
         run()

@@ -1,0 +1,58 @@
+"""Concepts in words: what SAM3 looks for, how many of each at most, and what it must leave out."""
+
+import re
+from dataclasses import dataclass
+
+from ..errors import LunaInputError
+from .select import split_list
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to look for.
+
+    Attributes:
+        text: the words SAM3 reads; they become the label.
+        limit: at most so many in each picture, the best first; 0 for all.
+        excluded: what is found is taken out of the other concepts instead of being kept.
+    """
+
+    text: str
+    limit: int = 0
+    excluded: bool = False
+
+
+def parse_concepts(text: str, name: str = "concepts") -> tuple[Concept, ...]:
+    """Reads ``face:9, left hand, -glove``: separated by commas or lines, ``:9`` for at most nine, ``-`` to leave out.
+
+    Raises:
+        LunaInputError: there is nothing to look for, a concept comes twice, or a limit is no number above 0.
+    """
+    concepts = tuple(_concept(entry, name) for entry in split_list(text))
+    if not any(not concept.excluded for concept in concepts):
+        raise LunaInputError(
+            f"{name} is {text!r}: it names nothing to look for. Write concepts with commas or one per line, "
+            "for example face, hands:4"
+        )
+    seen = set()
+    for concept in concepts:
+        if concept.text.lower() in seen:
+            raise LunaInputError(f"{name}: '{concept.text}' is named twice: name each concept once")
+        seen.add(concept.text.lower())
+    return concepts
+
+
+def _concept(entry: str, name: str) -> Concept:
+    excluded = entry.startswith("-")
+    words, _, count = entry.lstrip("-").partition(":")
+    words = " ".join(words.split())
+    if not words:
+        raise LunaInputError(f"{name}: '{entry}' holds no words: write for example face:9 or -hand")
+    limit = 0
+    if ":" in entry:
+        if not re.fullmatch(r"\s*[1-9][0-9]*\s*", count):
+            raise LunaInputError(f"{name}: '{entry}' needs a whole number above 0 after the colon, for example face:9")
+        limit = int(count)
+    if excluded and limit:
+        raise LunaInputError(f"{name}: '{entry}' leaves something out, so it can have no limit: write -{words}")
+    return Concept(words, limit, excluded)

@@ -1,0 +1,149 @@
+"""From SAM3's raw outputs to detections: scores, boxes and masks in their place, exclusions, overlaps and limits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .concepts import Concept
+from .detections import BoxPx, Detection, rasterise
+from .from_masks import Picture, crop_mask, to_picture_px, visible_box
+from .select import without_overlaps
+
+FINER = 4
+"""How much finer than SAM3's own grid a mask's edge is kept: the logits between two texels say where it runs."""
+
+LEAST_LEFT = 0.1
+"""A detection that keeps less than this of its mask is the excluded thing itself."""
+
+
+def read_outputs(
+    concept: Concept,
+    logits: Tensor,
+    presence: Tensor | None,
+    boxes: Tensor,
+    masks: Tensor,
+    picture: Picture,
+    image_index: int,
+    threshold: float,
+) -> tuple[list[Detection], int]:
+    """The detections of one concept on one picture, the best first.
+
+    SAM3 sees the picture squashed to a square, so its coordinates are fractions of the picture's own sides. The score
+    is that of the query times that of the concept being in the picture at all, as in transformers' post-processing.
+
+    Args:
+        concept: what was looked for.
+        logits: [Q] of the queries.
+        presence: [1] logit of the concept, or None.
+        boxes: [Q,4] x1, y1, x2, y2 as fractions of the picture.
+        masks: [Q,h,w] logits over the whole picture.
+        picture: its size, px.
+        image_index: which picture of the batch.
+        threshold: scores at or below it are dropped.
+
+    Returns:
+        The detections, and how many were dropped because their mask or box was empty.
+    """
+    scores = logits.float().sigmoid()
+    if presence is not None:
+        scores = scores * presence.float().sigmoid()
+    found = (scores > threshold).nonzero().flatten()
+    found = found[scores[found].argsort(descending=True, stable=True)]
+    scores, boxes, masks = (given[found].float().cpu() for given in (scores, boxes, masks))
+    items, empty = [], 0
+    for score, corners, mask in zip(scores.tolist(), boxes.tolist(), masks, strict=True):
+        box = _to_px(corners, picture)
+        cut = None if box is None else _mask_in_box(mask, box, picture)
+        if box is None or cut is None:
+            empty += 1
+        else:
+            items.append(Detection(image_index, box, cut, score, concept.text))
+    return items, empty
+
+
+def arrange(
+    found: Sequence[tuple[Concept, Sequence[Detection]]], nms_iou: float, max_detections: int
+) -> list[Detection]:
+    """What is kept of one picture: exclusions taken out, overlaps resolved across concepts, limits kept.
+
+    Args:
+        found: the detections of each concept, the best first.
+        nms_iou: of two that overlap more than this the lower score goes.
+        max_detections: the best so many of all; 0 for all.
+
+    Returns:
+        In the order of the concepts, and within each the best first.
+    """
+    excluded = [item for concept, items in found if concept.excluded for item in items]
+    left = [without(item, excluded) for concept, items in found if not concept.excluded for item in items]
+    kept = without_overlaps([item for item in left if item is not None], nms_iou)
+    limits = {concept.text: concept.limit for concept, _ in found}
+    counts: dict[str, int] = {}
+    limited = []
+    for item in kept:
+        counts[item.label] = counts.get(item.label, 0) + 1
+        if limits[item.label] == 0 or counts[item.label] <= limits[item.label]:
+            limited.append(item)
+    if max_detections == 0 or len(limited) <= max_detections:
+        return limited
+    best = sorted(range(len(limited)), key=lambda place: -limited[place].score)[:max_detections]
+    return [limited[place] for place in sorted(best)]
+
+
+def without(item: Detection, excluded: Sequence[Detection]) -> Detection | None:
+    """A detection with other things cut out of its mask, its box drawn in to what is left; None when hardly any is."""
+    x1, y1, x2, y2 = item.box
+    reaching = [
+        other
+        for other in excluded
+        if other.box[0] < x2 and other.box[2] > x1 and other.box[1] < y2 and other.box[3] > y1
+    ]
+    if not reaching:
+        return item
+    mask = torch.ones(math.ceil(item.height), math.ceil(item.width)) if item.mask is None else item.mask.clone()
+    before = float(mask.sum())
+    height, width = mask.shape
+    for other in reaching:
+        place = _within(other.box, item.box, width, height)
+        mask *= 1 - rasterise(replace(other, box=place), (0, 0, width, height))
+    window = visible_box(mask)
+    if window is None or float(mask.sum()) < LEAST_LEFT * before:
+        return None
+    left, top, right, bottom = to_picture_px(window, mask, Picture(1, 1, 1))
+    box = (x1 + left * item.width, y1 + top * item.height, x1 + right * item.width, y1 + bottom * item.height)
+    return replace(item, box=box, mask=crop_mask(mask, window))
+
+
+def _to_px(corners: Sequence[float], picture: Picture) -> BoxPx | None:
+    """A box of fractions in px, clipped to the picture; None when nothing of it is left."""
+    x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in corners)
+    if not (x1 < x2 and y1 < y2):  # also true for NaN
+        return None
+    return x1 * picture.width, y1 * picture.height, x2 * picture.width, y2 * picture.height
+
+
+def _mask_in_box(logits: Tensor, box: BoxPx, picture: Picture) -> Tensor | None:
+    """The mask [h,w] of 0 and 1 over a box (px), from logits [h,w] over the whole picture; None where it is empty."""
+    height, width = logits.shape
+    finer_x = max(1, min(FINER, math.ceil(picture.width / width)))
+    finer_y = max(1, min(FINER, math.ceil(picture.height / height)))
+    columns = max(1, math.ceil((box[2] - box[0]) / picture.width * width * finer_x))
+    rows = max(1, math.ceil((box[3] - box[1]) / picture.height * height * finer_y))
+    whole = _within((0.0, 0.0, float(picture.width), float(picture.height)), box, columns, rows)
+    likely = rasterise(Detection(0, whole, logits.sigmoid()), (0, 0, columns, rows))
+    mask = (likely > 0.5).float()
+    return mask if bool(mask.any()) else None
+
+
+def _within(box: BoxPx, frame: BoxPx, width: int, height: int) -> BoxPx:
+    """A box (px) in texels of a grid of ``width`` x ``height`` that spans ``frame`` (px)."""
+    across, down = width / (frame[2] - frame[0]), height / (frame[3] - frame[1])
+    return (
+        (box[0] - frame[0]) * across,
+        (box[1] - frame[1]) * down,
+        (box[2] - frame[0]) * across,
+        (box[3] - frame[1]) * down,
+    )

@@ -65,7 +65,7 @@ def run(results: Path) -> Report:
     columns = ("boxes, px", "crop_size, px", "crop, s", "paste, s", "both, s")
     about = (
         f"{REGIONS} regions with masks on a {SIDE}x{SIDE} px picture, feather {FEATHER} px, float32. Crop: cut and "
-        f"scale to the working size. Paste: scale back, draw mask and feather, blend. Median of {REPEATS}. Target: 0.5 s on "
-        "2 cores."
+        f"scale to the working size. Paste: scale back, draw mask and feather, blend. Median of {REPEATS}. Target: "
+        "0.5 s on 2 cores."
     )
     return Report("crop_paste", about, (Table("Crop and paste of 30 regions", columns, tuple(rows)),))

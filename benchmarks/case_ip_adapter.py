@@ -7,16 +7,16 @@ from typing import Any
 
 import comfy.sample
 import torch
+from bench_models import Models, sd15_files, tiny_models
 from builders.seeding import generator_for
 from comfy.ldm.modules.attention import optimized_attention
 from luna_refinement.ip_adapter import RowEmbeds
 from luna_refinement.ip_adapter.comfy_patch import IPAdapter, layers_for, patch_model
-from models import Models, sd15_files, tiny_models
 from report import Report, Table, median, milliseconds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROWS, STEPS, REPEATS = 9, 2, 5
+ROWS, STEPS, REPEATS = 9, 2, 3
 WEIGHT = 0.5
 
 
@@ -108,18 +108,15 @@ def measure(models: Models, side: int) -> list[tuple[str, ...]]:
     runs: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(REPEATS + 1):  # the first warms up
         for name, model in variants.items():
-            starts: list[float] = []
-            stops: list[float] = []
-            start = time.perf_counter()
-            sample(
-                models,
-                inside_calls(model, lambda to=starts: to.append(_now()), lambda to=stops: to.append(_now())),
-                side,
-            )
+            ticks: list[float] = []
+            tick = _tick_into(ticks)
+            start = _now()
+            sample(models, inside_calls(model, tick, tick), side)
+            stop = _now()
             if repeat:
-                runs[name].append(_now() - start)
-                calls[name] += [stop - start for start, stop in zip(starts, stops, strict=True)]
-    rows = []
+                runs[name].append(stop - start)
+                calls[name] += [end - begin for begin, end in zip(ticks[::2], ticks[1::2], strict=True)]
+    rows: list[tuple[str, ...]] = []
     for name, model in variants.items():
         call, run = median(calls[name]), median(runs[name])
         syncs = _syncs(models, model, side)
@@ -128,6 +125,10 @@ def measure(models: Models, side: int) -> list[tuple[str, ...]]:
             (models.name, name, milliseconds(call), f"{over[0]:.3f}", milliseconds(run), f"{over[1]:.3f}", f"{syncs:g}")
         )
     return rows
+
+
+def _tick_into(ticks: list[float]) -> Callable[[], None]:
+    return lambda: ticks.append(_now())
 
 
 def _now() -> float:
@@ -157,7 +158,7 @@ def run(results: Path) -> Report:
     about = (
         f"{ROWS} rows, {STEPS} steps of euler, latents of 16x16, plus adapter of 16 tokens, median of "
         f"{REPEATS} runs in turns. The sampling call holds everything around the UNet calls, also Luna's one "
-        "computation of keys and values. Syncs: reads of tensor values by Python inside the UNet calls, counted by a dispatch "
-        "mode; those in the row without a patch are ComfyUI's own."
+        "computation of keys and values. Syncs: reads of tensor values by Python inside the UNet calls, counted by "
+        "a dispatch mode; those in the row without a patch are ComfyUI's own."
     )
     return Report("ip_adapter", about, (Table("Cost of anchoring rows", columns, tuple(rows)),))

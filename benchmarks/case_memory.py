@@ -31,7 +31,8 @@ def run(results: Path) -> Report:
     columns = ("refinement", "canvas", "mask", "kept crops", "one batch of crops", "peak", "batches beyond the rest")
     about = (
         "Growth of the resident size, MiB, from when picture and plan exist to the peak. The model is trivial (means "
-        "of 8x8 px), so the models' own memory is not in it. Last column: (peak - canvas - mask - kept crops) / one batch."
+        "of 8x8 px), so the models' own memory is not in it. Last column: (peak - canvas - mask - kept crops) / one "
+        "batch."
     )
     return Report("memory", about, (Table("Peak memory, MiB", columns, tuple(rows)),))
 

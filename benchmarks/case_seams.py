@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from bench_models import sd15_files
 from builders.engines import ExactEngine
 from builders.refining import photograph
 from builders.seams import Seams, disturbance, measure_seams
@@ -11,7 +12,6 @@ from luna_refinement.batching.comfy_sampling import SamplingSettings, ksampler_r
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import refine
-from models import sd15_files
 from PIL import Image
 from report import Report, Table
 from torch import Tensor
@@ -64,10 +64,10 @@ def run(results: Path) -> Report:
         tables.append(Table(f"{title}: gradient on tile borders, 1 = no seam", columns, tuple(rows)))
     about = (
         f"{SIDE}x{SIDE} px photograph, {TILE} px tiles (the plan of 4096 px with 1024 px tiles), all orders with the "
-        "same measure: see tests/builders/seams.py. The made-up refinement gives every tile a white balance, clouds and "
-        f"detail of its own ({RUNS_MADE_UP} runs); the sampled one is the small SD1.5 model, {STEPS} steps of euler at "
-        f"denoise 0.3 ({RUNS_SAMPLED} runs). Pictures: refined, and its change amplified {_AMPLIFIED:g} times. Target "
-        "for chess: mean 1.03, worst 1.10."
+        "same measure: see tests/builders/seams.py. The made-up refinement gives every tile a white balance, clouds "
+        f"and detail of its own ({RUNS_MADE_UP} runs); the sampled one is the small SD1.5 model, {STEPS} steps of "
+        f"euler at denoise 0.3 ({RUNS_SAMPLED} runs). Pictures: refined, and its change amplified {_AMPLIFIED:g} fold. "
+        "Target for chess: mean 1.03, worst 1.10."
     )
     return Report("seams", about, tuple(tables), tuple(pictures))
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from builders.detections import PlainDetection
 from builders.seeding import generator_for
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.plan import CropSettings, RefinePlan, Region, plan_detections
 from luna_refinement.batching.refine import EncodedRows, refine
 from torch import Tensor
 
@@ -39,13 +39,13 @@ class BlockEngine:
 
     rows_per_batch: int = ROWS_PER_BATCH
 
-    def anchor(self, crops: Tensor) -> object | None:
+    def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:
         return None
 
     def join_anchors(self, parts: Sequence[object | None]) -> object | None:
         return None
 
-    def encode(self, crops: Tensor) -> Tensor:
+    def encode(self, crops: Tensor, regions: Sequence[Region]) -> Tensor:
         return torch.cat([F.avg_pool2d(crop.movedim(-1, 0)[None], 8) for crop in crops])  # one crop at a time
 
     def sample(self, rows: EncodedRows) -> Tensor:

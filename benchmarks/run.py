@@ -33,7 +33,10 @@ def main() -> None:
 def _run(case: ModuleType, name: str) -> None:
     print(f"\n{name} …", flush=True)
     start = time.perf_counter()
-    report = case.run(setup.RESULTS)
+    import torch
+
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        report = case.run(setup.RESULTS)
     for table in report.tables:
         print(f"\n{table.markdown()}")
     path = report.save(setup.RESULTS, time.perf_counter() - start)

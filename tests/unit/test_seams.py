@@ -33,10 +33,13 @@ GRIDS = {
 @cache
 def photograph(name: str) -> Tensor:
     """[512,512,3]: the middle of the photograph."""
-    if name == "grace_hopper":
-        picture = Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg"))
-    else:
-        picture = Image.fromarray(getattr(skimage.data, name)())
+    sample = name == "grace_hopper"
+    pixels = (
+        np.array(Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg")))
+        if sample
+        else (getattr(skimage.data, name)())
+    )
+    picture = Image.fromarray(pixels)
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     square = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)

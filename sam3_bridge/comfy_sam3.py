@@ -142,10 +142,12 @@ def detect(
             found.append((concept, kept))
             dropped += empty
         items += arrange(found, nms_iou, max_detections)
-    notices = (f"{dropped} detection(s) had an empty mask or box and were left out",) if dropped else ()
+    notices = []
+    if dropped:
+        notices.append(f"{dropped} detection(s) had an empty mask or box and were left out")
     if not items:
-        notices += (f"nothing of {_names(concepts)} was found above a score of {threshold:g}",)
-    return Detections(tuple(items), width, height, count), notices
+        notices.append(f"nothing of {_names(concepts)} was found above a score of {threshold:g}")
+    return Detections(tuple(items), width, height, count), tuple(notices)
 
 
 @torch.inference_mode()

@@ -90,7 +90,8 @@ def parse_labels(text: str, name: str = "labels") -> LabelPatterns:
     Raises:
         LunaInputError: a minus stands alone.
     """
-    wanted, unwanted = [], []
+    wanted: list[str] = []
+    unwanted: list[str] = []
     for entry in split_list(text.lower()):
         pattern = entry.lstrip("-").strip()
         if not pattern:
@@ -202,7 +203,7 @@ def _one_of_each(items: Sequence[Detection], keep: Keep, pictures: Detections) -
             (item.centre[0] - pictures.width / 2) ** 2 + (item.centre[1] - pictures.height / 2) ** 2
         ),
     }[keep]
-    winners = {}
+    winners: dict[str, Detection] = {}
     for item in items:
         if item.label not in winners or rank(item) < rank(winners[item.label]):
             winners[item.label] = item

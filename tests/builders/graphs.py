@@ -17,6 +17,7 @@ _SMALL_FILES = {
     ("LunaIPAdapterLoader", "ip_adapter_file"): assets.SD15_PLUS,
 }
 _SMALL_WORK = {
+    "target_size": 256,
     "crop_size": 128,
     "tile_size": 128,
     "steps": 4,
@@ -32,7 +33,7 @@ def workflow(name: str, picture: str = assets.PAINTED_ASTRONAUT, **settings: Any
     Args:
         name: of the file in ``workflows/api`` without suffix.
         picture: file in ComfyUI's input folder for the workflow's Load Image.
-        settings: inputs of Luna's refiners, over small defaults.
+        settings: inputs of Luna's nodes, wherever a node has one of that name, over small defaults.
     """
     graph: Graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in graph.values():

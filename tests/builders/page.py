@@ -1,0 +1,147 @@
+"""ComfyUI's own web page in a headless browser: load graphs, read them back, queue them."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import workspace
+from builders.browser import Browser, BrowserError
+from builders.graphs import Graph
+from builders.pictures import astronaut, write_pictures
+from builders.server import ComfyServer
+
+EXAMPLE_PICTURE = "example.png"  # ships in the input folder of every ComfyUI; the bundled workflows load it
+
+_SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # else the first visit opens the templates
+    "Comfy.Workflow.ShowMissingModelsWarning": False,  # the published models are not here
+}
+_READY = "window.app?.vueAppReady && window.app.graph && window.LiteGraph?.registered_node_types?.LoadImage"
+
+
+def fresh_base(folder: Path) -> Path:
+    """A ComfyUI base directory without any user's settings, with the pack, the small models and pictures."""
+    workspace.make_base(folder)
+    workspace.link_folder(folder / "models", workspace.BASE / "models")
+    write_pictures(folder / "input")
+    astronaut().save(folder / "input" / EXAMPLE_PICTURE)
+    settings = folder / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(_SETTINGS), encoding="utf-8")
+    return folder
+
+
+class ComfyPage:
+    """The web page of a running server; a context manager.
+
+    ``start_errors`` holds what the page reported while it started, ``errors`` what it reported since.
+    """
+
+    def __init__(self, server: ComfyServer, width: int = 1600, height: int = 900) -> None:
+        self.server = server
+        self.browser = Browser(server.url, width, height)
+        self.start_errors: list[str] = []
+
+    def __enter__(self) -> "ComfyPage":
+        self.browser.__enter__()
+        try:
+            self.reload()
+        except BaseException:
+            self.browser.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.browser.__exit__(kind, error, trace)
+
+    @property
+    def errors(self) -> list[str]:
+        """What the console and failed requests reported since the page was ready."""
+        self.browser.evaluate("new Promise(requestAnimationFrame)")  # reads the events that wait
+        return self.browser.errors
+
+    def reload(self) -> None:
+        """A page as after a fresh visit."""
+        self.browser.errors.clear()
+        self.browser.open()
+        self.browser.wait_for(_READY)
+        self.browser.evaluate("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+        self.start_errors = [*self.browser.errors]
+        self.browser.errors.clear()
+
+    def load_api(self, graph: Graph, name: str) -> None:
+        """Loads an API graph the way the page does when such a file is dropped on it."""
+        self.browser.call("(graph, name) => window.app.loadApiJson(graph, name)", graph, name)
+
+    def load(self, workflow: dict[str, Any], name: str) -> None:
+        """Loads a workflow in canvas form the way the page opens a template."""
+        self.browser.call("(workflow, name) => window.app.loadGraphData(workflow, true, true, name)", workflow, name)
+        self.browser.evaluate("new Promise(done => setTimeout(done, 300))")  # pictures load, the view is fitted
+
+    def serialised(self) -> dict[str, Any]:
+        """The graph in canvas form."""
+        return dict(self.browser.evaluate("window.app.graph.serialize()"))
+
+    def prompt(self) -> Graph:
+        """The graph in API form, as the page would queue it."""
+        return dict(self.browser.evaluate("window.app.graphToPrompt().then(prompt => prompt.output)"))
+
+    def rectangles(self) -> dict[str, tuple[float, float, float, float]]:
+        """Title of every node, prefixed by its id, to its outline with the title bar: x1, y1, x2, y2 in graph units."""
+        found = self.browser.evaluate(
+            """window.app.graph.nodes.map(({ id, title, pos: [x, y], size: [width, height] }) =>
+                [`${id} ${title}`, [x, y - window.LiteGraph.NODE_TITLE_HEIGHT, x + width, y + height]])"""
+        )
+        return {title: tuple(box) for title, box in found}
+
+    def missing_types(self) -> list[str]:
+        """Types of nodes in the graph that the server does not offer."""
+        return list(
+            self.browser.evaluate(
+                "window.app.graph.nodes.map(n => n.type).filter(t => !(t in window.LiteGraph.registered_node_types))"
+            )
+        )
+
+    def set_widgets(self, graph: Graph) -> None:
+        """Sets every widget of the shown graph that an API graph of the same ids has a plain value for."""
+        self.browser.call(
+            """graph => {
+                for (const [id, { inputs }] of Object.entries(graph))
+                    for (const widget of window.app.graph.getNodeById(Number(id)).widgets ?? [])
+                        if (widget.name in inputs && !Array.isArray(inputs[widget.name])) {
+                            widget.value = inputs[widget.name]
+                            widget.callback?.(widget.value)
+                        }
+            }""",
+            graph,
+        )
+
+    def queue(self, timeout_s: float = 300.0) -> dict[str, Any]:
+        """Queues the shown graph from the page and waits for its end; returns the node outputs the page received.
+
+        Raises BrowserError with the page's own words where the run fails.
+        """
+        outcome = self.browser.evaluate(
+            """new Promise(async done => {
+                const { api } = window.app
+                const outputs = {}
+                api.addEventListener('executed', ({ detail }) => { outputs[detail.node] = detail.output })
+                api.addEventListener('execution_error', ({ detail }) => done({ error: detail.exception_message }))
+                api.addEventListener('execution_success', () => done({ outputs }))
+                if (!await window.app.queuePrompt(0)) done({ error: 'the server refused the graph' })
+            })""",
+            timeout_s,
+        )
+        if "error" in outcome:
+            raise BrowserError(f"{outcome['error']}\n{self.browser.errors}")
+        return dict(outcome["outputs"])
+
+    def shown_pictures(self, node_id: str) -> list[tuple[int, int]]:
+        """Width and height in px of the pictures that a node of the shown graph displays, once they are loaded."""
+        condition = f"window.app.graph.getNodeById({int(node_id)}).imgs?.every(picture => picture.complete)"
+        self.browser.wait_for(condition, 20)
+        script = f"window.app.graph.getNodeById({int(node_id)}).imgs.map(p => [p.naturalWidth, p.naturalHeight])"
+        return [(width, height) for width, height in self.browser.evaluate(script)]

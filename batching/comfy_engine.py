@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.sd
 import torch
 from torch import Tensor
 
@@ -13,8 +14,10 @@ from ..ip_adapter import LayerWeights, RowEmbeds
 from ..ip_adapter.comfy_encode import encode_rows
 from ..ip_adapter.comfy_patch import IPAdapter, patch_model
 from .comfy_progress import SamplingProgress
-from .comfy_sampling import Recipe, is_out_of_memory, prepared_noise, rows_that_fit, sample_rows
-from .crops import cut
+from .comfy_sampling import Recipe, is_out_of_memory, prepared_noise, rows_that_fit, sample_rows, with_denoise
+from .concepts import Concept, Lora, concept_for
+from .conditioning import Conditioning, Row, RowConditioning
+from .crops import cut, resample
 from .noise import row_generator, row_noise
 from .plan import RefinePlan, Region
 from .refine import EncodedRows
@@ -43,6 +46,21 @@ class Anchor:
     layer_weights: LayerWeights | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """Rows that can share sampling calls: same schedule, same model, same structure of conditioning.
+
+    Attributes:
+        places: positions of the rows in the batch of one working size.
+        recipe: with the rows' denoise.
+        lora: of the rows' concept.
+    """
+
+    places: list[int]
+    recipe: Recipe
+    lora: Lora | None
+
+
 class ComfyEngine:
     """Runs a refinement on ComfyUI's models; see ``refine.Engine``.
 
@@ -55,6 +73,7 @@ class ComfyEngine:
         mask_latent: also hold the latent outside each region's paste weight while sampling.
         noise_scaffold: [1 or B,c,H,W] in latent px, noise of the whole picture, or None for noise of each row's own.
         denoise_share: [1 or B,H,W] in 0..1, which share of the denoise each px of the picture gets, or None for all.
+        concepts: settings by the label of a row; the first match counts.
     """
 
     rows_per_batch = 8
@@ -69,6 +88,7 @@ class ComfyEngine:
         mask_latent: bool = False,
         noise_scaffold: Tensor | None = None,
         denoise_share: Tensor | None = None,
+        concepts: Sequence[Concept] = (),
     ):
         self.recipe = recipe
         self.vae = vae
@@ -77,82 +97,166 @@ class ComfyEngine:
         self.mask_latent = mask_latent
         self.noise_scaffold = noise_scaffold
         self.denoise_share = denoise_share
+        self.concepts = tuple(concepts)
+        self._cell = vae.spacial_compression_encode()
+        self._shared = recipe.conditioning
+        self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, self._cell)
+        self._inpaints = "masked_image" in getattr(recipe.model.model, "concat_keys", ())
+        self._masked: dict[int, tuple[Tensor, Tensor]] = {}
         self._progress = SamplingProgress(recipe.model, len(plan.regions), recipe.steps)
 
-    def anchor(self, crops: Tensor) -> RowEmbeds | None:
+    def anchor(self, crops: Tensor, regions: Sequence[Region]) -> RowEmbeds | None:
         if self.anchor_settings is None:
             return None
-        return encode_rows(self.anchor_settings.adapter, self.anchor_settings.clip_vision, crops)
+        pictures = [self._anchor_picture(crop, region) for crop, region in zip(crops, regions, strict=True)]
+        return encode_rows(self.anchor_settings.adapter, self.anchor_settings.clip_vision, torch.stack(pictures))
 
     def join_anchors(self, parts: Sequence[object | None]) -> RowEmbeds | None:
         embeds = [part for part in parts if isinstance(part, RowEmbeds)]
         return RowEmbeds.concat(embeds) if embeds else None
 
-    def encode(self, crops: Tensor) -> Tensor:
+    def encode(self, crops: Tensor, regions: Sequence[Region]) -> Tensor:
+        if self._inpaints:
+            self._encode_masked(crops, regions)
         return self.vae.encode(crops)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents)[..., :3].to(device="cpu", dtype=torch.float32)
 
     def sample(self, rows: EncodedRows) -> Tensor:
-        """Samples all rows in as few calls as memory allows; after an out-of-memory the chunk is halved."""
-        total = len(rows.regions)
-        chunk = self._chunk(rows)
+        """Samples all rows in as few calls as memory and their settings allow."""
+        sampled: dict[int, Tensor] = {}
+        for call in self._calls(rows):
+            sampled.update(zip(call.places, self._sample_call(rows, call), strict=True))
+        return torch.stack([sampled[place] for place in range(len(rows.regions))])
+
+    def _calls(self, rows: EncodedRows) -> list[_Call]:
+        """Rows grouped by denoise and LoRA, and within these by the structure of their conditioning."""
+        by_settings: dict[tuple[float | None, int], list[int]] = {}
+        for place, region in enumerate(rows.regions):
+            concept = self._concept(region)
+            denoise = None if concept is None else concept.denoise
+            lora = None if concept is None else concept.lora
+            by_settings.setdefault((denoise, id(lora) if lora else 0), []).append(place)
+        calls: list[_Call] = []
+        for (denoise, _), places in by_settings.items():
+            concept = self._concept(rows.regions[places[0]])
+            recipe = self.recipe if denoise is None else with_denoise(self.recipe, denoise)
+            lora = None if concept is None else concept.lora
+            groups = self._conditioning.groups(self._rows(rows, places), _size(rows))
+            calls.extend(_Call([places[k] for k in group], recipe, lora) for group in groups)
+        return calls
+
+    def _sample_call(self, rows: EncodedRows, call: _Call) -> list[Tensor]:
+        """Samples the rows of a call, in chunks where they do not fit; an out-of-memory halves the chunk."""
+        recipe, total = call.recipe, len(call.places)
+        model = _with_lora(recipe.model, call.lora)
+        chunk = self._chunk(recipe, total, rows.latents.shape[1:])
         done: list[Tensor] = []
-        start = 0
-        while start < total:
-            stop = min(start + chunk, total)
-            result = self._try_chunk(rows, start, stop)
+        while len(done) < total:
+            places = call.places[len(done) : len(done) + chunk]
+            result = self._try_chunk(rows, places, recipe, model)
             if result is None:
-                if stop - start == 1:
+                if len(places) == 1:
                     raise self._no_room(rows)
-                chunk = (stop - start + 1) // 2
-                log.warning("not enough memory for %d rows at once, going on with %d", stop - start, chunk)
+                chunk = (len(places) + 1) // 2
+                log.warning("not enough memory for %d rows at once, going on with %d", len(places), chunk)
                 continue
-            done.append(result)
-            self._progress.rows_done(stop - start)
-            start = stop
-        return torch.cat(done)
+            done.extend(result)
+            self._progress.rows_done(len(places))
+        return done
 
-    def _chunk(self, rows: EncodedRows) -> int:
-        if self.recipe.rows_alone:
+    def _chunk(self, recipe: Recipe, total: int, latent_shape: Sequence[int]) -> int:
+        if recipe.rows_alone:
             return 1
-        return self.chunk_size or min(len(rows.regions), rows_that_fit(self.recipe.model, rows.latents.shape[1:]))
+        return self.chunk_size or min(total, rows_that_fit(recipe.model, latent_shape))
 
-    def _try_chunk(self, rows: EncodedRows, start: int, stop: int) -> Tensor | None:
-        """One sampling call for rows start..stop-1; None when it does not fit in memory."""
+    def _try_chunk(self, rows: EncodedRows, places: list[int], recipe: Recipe, model: Any) -> Tensor | None:
+        """One sampling call; None when it does not fit in memory."""
         try:
-            return self._sample_chunk(rows, start, stop)
+            return self._sample_chunk(rows, places, recipe, model)
         except BaseException as error:
             if not is_out_of_memory(error):
                 raise
         # outside the except block, so that the traceback no longer holds the tensors of the failed call
         return None
 
-    def _sample_chunk(self, rows: EncodedRows, start: int, stop: int) -> Tensor:
-        latents = rows.latents[start:stop]
-        regions = rows.regions[start:stop]
-        model = self.recipe.model
-        if self.anchor_settings is not None and isinstance(rows.anchors, RowEmbeds):
-            model = patch_model(
-                model,
-                self.anchor_settings.adapter,
-                rows.anchors.rows(start, stop),
-                weight=self.anchor_settings.weight,
-                start_percent=self.anchor_settings.start_percent,
-                end_percent=self.anchor_settings.end_percent,
-                layer_weights=self.anchor_settings.layer_weights,
-            )
+    def _sample_chunk(self, rows: EncodedRows, places: list[int], recipe: Recipe, model: Any) -> Tensor:
+        latents = rows.latents[places]
+        regions = [rows.regions[place] for place in places]
+        conditioning = self._conditioning.for_rows(self._rows(rows, places), _size(rows))
+        if self._inpaints:
+            self._add_masked(conditioning, regions)
         return sample_rows(
-            self.recipe,
-            model,
-            self.recipe.conditioning,
+            recipe,
+            self._anchored(model, rows.anchors, places, regions),
+            conditioning,
             latents,
             self._noise(regions, latents),
             [region.seed for region in regions],
             denoise_mask=self._latent_mask(regions, latents),
-            callback=self._progress.callback(stop - start),
+            callback=self._progress.callback(len(places)),
         )
+
+    def _anchored(self, model: Any, anchors: object | None, places: list[int], regions: Sequence[Region]) -> Any:
+        settings = self.anchor_settings
+        if settings is None or not isinstance(anchors, RowEmbeds):
+            return model
+        weights = [self._anchor_weight(region, settings.weight) for region in regions]
+        return patch_model(
+            model,
+            settings.adapter,
+            anchors.take(places),
+            weight=torch.tensor(weights),
+            start_percent=settings.start_percent,
+            end_percent=settings.end_percent,
+            layer_weights=settings.layer_weights,
+        )
+
+    def _concept(self, region: Region) -> Concept | None:
+        return concept_for(region.label, self.concepts)
+
+    def _rows(self, rows: EncodedRows, places: Sequence[int]) -> list[Row]:
+        return [Row(rows.regions[place], self._prompts(rows.regions[place])) for place in places]
+
+    def _prompts(self, region: Region) -> Conditioning:
+        concept = self._concept(region)
+        if concept is None:
+            return self._shared
+        own = {"positive": concept.positive, "negative": concept.negative}
+        return self._shared | {name: conds for name, conds in own.items() if conds is not None}
+
+    def _anchor_weight(self, region: Region, weight: float) -> float:
+        concept = self._concept(region)
+        return weight if concept is None or concept.ip_adapter_weight is None else concept.ip_adapter_weight
+
+    def _anchor_picture(self, crop: Tensor, region: Region) -> Tensor:
+        """The crop, or the reference picture of the row's concept, centre-cropped to the crop's shape."""
+        concept = self._concept(region)
+        if concept is None or concept.image is None:
+            return crop
+        picture = concept.image[0, ..., :3].to(crop)
+        side = min(picture.shape[:2])
+        top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+        return resample(picture[top : top + side, left : left + side], crop.shape[0], crop.shape[1])
+
+    def _encode_masked(self, crops: Tensor, regions: Sequence[Region]) -> None:
+        """What inpaint models get besides the latent: the crop with its mask greyed out, and the mask."""
+        height, width = crops.shape[1:3]
+        masks = torch.stack([self._region_mask(region, height, width).round() for region in regions])
+        latents = self.vae.encode(torch.lerp(crops, torch.full_like(crops, 0.5), masks[..., None]))
+        for region, latent, mask in zip(regions, latents, masks, strict=True):
+            self._masked[region.row] = (latent, mask[None])
+
+    def _add_masked(self, conditioning: Conditioning, regions: Sequence[Region]) -> None:
+        images, masks = (torch.stack([self._masked[region.row][k] for region in regions]) for k in range(2))
+        for conds in conditioning.values():
+            for _, fields in conds:
+                fields["concat_latent_image"], fields["concat_mask"] = images, masks
+
+    def _region_mask(self, region: Region, height: int, width: int) -> Tensor:
+        """[height,width] in 0..1: where the row may change."""
+        return region.weights_over_crop(height, width) if self.mask_latent else torch.ones(height, width)
 
     def _noise(self, regions: Sequence[Region], latents: Tensor) -> Tensor:
         if self.noise_scaffold is None:
@@ -161,7 +265,7 @@ class ComfyEngine:
         return prepared_noise(torch.stack(slices))
 
     def _scaffold_slice(self, scaffold: Tensor, region: Region, latents: Tensor) -> Tensor:
-        cell = self.vae.spacial_compression_encode()
+        cell = self._cell
         return scaffold_slice(
             scaffold[region.image_index if scaffold.shape[0] > 1 else 0],
             (region.crop.y1 / cell, region.crop.x1 / cell),
@@ -176,7 +280,7 @@ class ComfyEngine:
         height, width = latents.shape[-2:]
         masks = []
         for region in regions:
-            mask = region.weights_over_crop(height, width) if self.mask_latent else torch.ones(height, width)
+            mask = self._region_mask(region, height, width)
             if self.denoise_share is not None:
                 share = self.denoise_share[region.image_index if self.denoise_share.shape[0] > 1 else 0]
                 mask = mask * cut(share[..., None], region.crop, height, width)[..., 0]
@@ -189,3 +293,13 @@ class ComfyEngine:
             f"there is not enough memory to sample even one {width}x{height} px crop: "
             "choose a smaller crop_size, close other programs that use the GPU, or start ComfyUI with --lowvram"
         )
+
+
+def _size(rows: EncodedRows) -> tuple[int, int]:
+    """(height, width) of the latents."""
+    return rows.latents.shape[-2], rows.latents.shape[-1]
+
+
+def _with_lora(model: Any, lora: Lora | None) -> Any:
+    """The model, or a clone of it with a LoRA."""
+    return model if lora is None else comfy.sd.load_lora_for_models(model, None, lora.weights, lora.strength, 0)[0]

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -13,11 +13,10 @@ from comfy.k_diffusion.sampling import BrownianTreeNoiseSampler
 from torch import Tensor
 
 from ..errors import LunaInputError
+from .conditioning import Conditioning
 from .noise import RowStepNoise, row_seed
 
 Callback = Callable[[int, Tensor, Tensor, int], None]
-Conditioning = dict[str, list[Any]]
-"""ComfyUI conditioning by the guider's own names: positive, negative, and middle for three-way guidance."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,14 @@ class Recipe:
         sampler: ComfyUI sampler object.
         sigmas: [steps + 1].
         seed: the run's seed.
+        settings: the KSampler settings it was made from, or None for a custom sampling graph.
     """
 
     guider: Any
     sampler: Any
     sigmas: Tensor
     seed: int
+    settings: SamplingSettings | None = None
 
     @property
     def model(self) -> Any:
@@ -110,7 +111,21 @@ def ksampler_recipe(model: Any, positive: list[Any], negative: list[Any], settin
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(settings.cfg)
-    return Recipe(guider, comfy.samplers.sampler_object(settings.sampler_name), sampler.sigmas, settings.seed)
+    return Recipe(guider, comfy.samplers.sampler_object(settings.sampler_name), sampler.sigmas, settings.seed, settings)
+
+
+def with_denoise(recipe: Recipe, denoise: float) -> Recipe:
+    """The recipe with another share of the schedule.
+
+    Raises:
+        LunaInputError: the recipe's sigmas were given by the user, so there is no schedule to take a share of.
+    """
+    if recipe.settings is None:
+        raise LunaInputError(
+            "denoise of a concept cannot act together with sigmas of your own: leave it at -1, or disconnect sigmas"
+        )
+    settings = replace(recipe.settings, denoise=denoise)
+    return replace(ksampler_recipe(recipe.model, [], [], settings), guider=recipe.guider)
 
 
 def row_sampler(sampler: Any, seeds: Sequence[int]) -> Any:

@@ -40,16 +40,16 @@ class Engine(Protocol):
         """How many crops to hold at a time while encoding and decoding."""
         ...
 
-    def anchor(self, crops: Tensor) -> object | None:
-        """Image embeddings of crops [n,H,W,3]; None when rows are not anchored."""
+    def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:
+        """Image embeddings of the regions' crops [n,H,W,3]; None when rows are not anchored."""
         ...
 
     def join_anchors(self, parts: Sequence[object | None]) -> object | None:
         """The anchors of several batches of crops as one."""
         ...
 
-    def encode(self, crops: Tensor) -> Tensor:
-        """Latents [n,c,h,w] of crops [n,H,W,3]."""
+    def encode(self, crops: Tensor, regions: Sequence[Region]) -> Tensor:
+        """Latents [n,c,h,w] of the regions' crops [n,H,W,3]."""
         ...
 
     def sample(self, rows: EncodedRows) -> Tensor:
@@ -147,11 +147,11 @@ def _encode(
         return torch.stack([cut(images[r.image_index].float(), r.crop, *r.working_size) for r in part])
 
     parts = list(_parts(regions, engine.rows_per_batch))
-    anchors = engine.join_anchors([engine.anchor(crops_of(part, original)) for part in parts])
+    anchors = engine.join_anchors([engine.anchor(crops_of(part, original), part) for part in parts])
     latents = []
     for part in parts:
         crops = crops_of(part, canvas)
-        latents.append(engine.encode(crops))
+        latents.append(engine.encode(crops, part))
         if before is not None:
             before.update((region.row, crop) for region, crop in zip(part, crops, strict=True))
     return EncodedRows(tuple(regions), _finite(torch.cat(latents), "encoding the crops with vae"), anchors)

@@ -40,6 +40,11 @@ class RowEmbeds:
         uncond = self.uncond if self.uncond.shape[0] == 1 else self.uncond[start:stop]
         return RowEmbeds(self.cond[start:stop], uncond)
 
+    def take(self, places: Sequence[int]) -> "RowEmbeds":
+        """The embeddings of the rows at these positions."""
+        uncond = self.uncond if self.uncond.shape[0] == 1 else self.uncond[list(places)]
+        return RowEmbeds(self.cond[list(places)], uncond)
+
     @staticmethod
     def concat(parts: Sequence["RowEmbeds"]) -> "RowEmbeds":
         """The rows of all parts, in order."""

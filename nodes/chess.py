@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_engine import ComfyEngine
-from ..batching.comfy_sampling import SamplingSettings, ksampler_recipe
+from ..batching.comfy_sampling import SamplingSettings
 from ..batching.drawing import draw_plan
 from ..batching.grid import TileSettings, plan_tiles
 from ..batching.refine import PasteSettings, refine
@@ -15,7 +15,13 @@ from ..batching.upscale import scale_image
 from ..errors import LunaInputError
 from .anchors import anchor_inputs, choose_anchor
 from .checks import check_image, check_models, check_scaffold
-from .refiner_inputs import color_match_input, sampling_inputs, scaffold_input
+from .refiner_inputs import (
+    choose_recipe,
+    color_match_input,
+    custom_sampling_inputs,
+    sampling_inputs,
+    scaffold_input,
+)
 from .schema import luna_schema, notice
 
 
@@ -98,6 +104,7 @@ class LunaChessRefiner(io.ComfyNode):
                     tooltip="Scales the finished picture by Lanczos: 0.5 makes a crisp 2K picture of a refined 4K one.",
                 ),
                 color_match_input(),
+                *custom_sampling_inputs(),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The refined picture."),
@@ -134,21 +141,25 @@ class LunaChessRefiner(io.ComfyNode):
         noise_scaffold: Any = None,
         output_scale: float = 1.0,
         color_match: Any = "none",
+        guider: Any = None,
+        sampler: Any = None,
+        sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
         settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
         plan = plan_tiles(width, height, count, TileSettings(tile_size, min_overlap, feather), seed)
         drawing = draw_plan(image, plan)
-        if denoise == 0:
+        if denoise == 0 and sigmas is None:
             warning = notice("denoise is 0: the picture is not refined")
             return io.NodeOutput(_scaled(image, output_scale), drawing, ui=warning)
-        check_models(model, vae, tile_size)
+        recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
+        check_models(recipe.model, vae, tile_size)
         anchor, warnings = choose_anchor(
-            model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
+            recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )
         engine = ComfyEngine(
-            ksampler_recipe(model, positive, negative, settings),
+            recipe,
             vae,
             chunk_size,
             anchor,

@@ -8,14 +8,21 @@ from torch import Tensor
 
 from ..batching.blend import BLENDS
 from ..batching.comfy_engine import ComfyEngine
-from ..batching.comfy_sampling import SamplingSettings, ksampler_recipe
+from ..batching.comfy_sampling import SamplingSettings
+from ..batching.concepts import Concept
 from ..batching.crops import cut, resample
 from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
 from ..batching.refine import PasteSettings, refine
 from .anchors import anchor_inputs, choose_anchor
 from .checks import check_image, check_models, check_scaffold
-from .refiner_inputs import color_match_input, sampling_inputs, scaffold_input
-from .schema import LunaDetections, luna_schema, notice
+from .refiner_inputs import (
+    choose_recipe,
+    color_match_input,
+    custom_sampling_inputs,
+    sampling_inputs,
+    scaffold_input,
+)
+from .schema import LunaConcepts, LunaDetections, luna_schema, notice
 
 
 class LunaSemanticDetailer(io.ComfyNode):
@@ -96,6 +103,12 @@ class LunaSemanticDetailer(io.ComfyNode):
                     tooltip="Also hold the latent outside the mask while sampling, so that the surroundings guide the "
                     "region; where the mask is soft, px join later (differential diffusion).",
                 ),
+                LunaConcepts.Input(
+                    "concepts",
+                    optional=True,
+                    tooltip="Prompt, anchor, denoise or LoRA by the label of a detection (Luna Concept).",
+                ),
+                *custom_sampling_inputs(),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The picture with refined regions."),
@@ -136,6 +149,10 @@ class LunaSemanticDetailer(io.ComfyNode):
         blend: Any = "feather",
         color_match: Any = "none",
         mask_latent: bool = True,
+        concepts: tuple[Concept, ...] = (),
+        guider: Any = None,
+        sampler: Any = None,
+        sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
@@ -145,21 +162,24 @@ class LunaSemanticDetailer(io.ComfyNode):
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
             return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))
-        if denoise == 0:
+        if denoise == 0 and sigmas is None:
             return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
-        check_models(model, vae, crop_size)
+        recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
+        check_models(recipe.model, vae, crop_size)
         anchor, warnings = choose_anchor(
-            model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
+            recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )
         engine = ComfyEngine(
-            ksampler_recipe(model, positive, negative, settings),
+            recipe,
             vae,
             chunk_size,
             anchor,
             plan,
             mask_latent=mask_latent,
             noise_scaffold=check_scaffold(noise_scaffold, vae, image),
+            concepts=concepts,
         )
+        warnings += _unused(concepts, found, anchored=anchor is not None)
         refined = refine(image, plan, engine, PasteSettings(blend, color_match), keep_crops=True)
         return io.NodeOutput(
             refined.image,
@@ -168,6 +188,16 @@ class LunaSemanticDetailer(io.ComfyNode):
             _as_batch(refined.crops_after),
             ui=notice(*warnings) if warnings else None,
         )
+
+
+def _unused(concepts: tuple[Concept, ...], found: Any, anchored: bool) -> list[str]:
+    """What of the concepts has no effect on this run."""
+    idle = [concept for concept in concepts if not any(concept.matches(item.label) for item in found)]
+    labels = ", ".join(sorted({item.label or "(none)" for item in found}))
+    warnings = [f"concept '{concept.match}' matches no detection; their labels: {labels}" for concept in idle]
+    if not anchored and any(c.image is not None or c.ip_adapter_weight is not None for c in concepts):
+        warnings.append("concepts set an anchor, but rows are not anchored: connect ip_adapter and clip_vision")
+    return warnings
 
 
 def _as_batch(crops: tuple[Tensor, ...]) -> Tensor:

@@ -1,11 +1,15 @@
 """Schema inputs that both refiners share, so that they read the same everywhere."""
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..batching.color import COLOR_MATCHES
+from ..batching.comfy_sampling import Recipe, SamplingSettings, ksampler_recipe
+from ..errors import LunaInputError
 
 
 def sampling_inputs(denoise: float) -> list[Any]:
@@ -74,3 +78,46 @@ def color_match_input() -> Any:
         tooltip="Takes colours back to those of the input picture, measured inside the mask. mean_std: brightness and "
         "contrast of each channel. wavelet: all coarse colours, keeping only the refined detail.",
     )
+
+
+def custom_sampling_inputs() -> list[Any]:
+    """Optional guider, sampler and sigmas of ComfyUI's custom sampling, each replacing its part of a KSampler."""
+    return [
+        io.Guider.Input(
+            "guider",
+            optional=True,
+            tooltip="Custom sampling: replaces model, positive, negative and cfg, for example by dual guidance.",
+        ),
+        io.Sampler.Input("sampler", optional=True, tooltip="Custom sampling: replaces sampler_name."),
+        io.Sigmas.Input(
+            "sigmas", optional=True, tooltip="Custom sampling: these noise levels replace scheduler, steps and denoise."
+        ),
+    ]
+
+
+def choose_recipe(
+    model: Any,
+    positive: list[Any],
+    negative: list[Any],
+    settings: SamplingSettings,
+    guider: Any,
+    sampler: Any,
+    sigmas: Tensor | None,
+) -> Recipe:
+    """The KSampler's recipe, with those parts replaced that custom sampling gives.
+
+    Raises:
+        LunaInputError: the sigmas are no falling row of noise levels.
+    """
+    recipe = ksampler_recipe(model if guider is None else guider.model_patcher, positive, negative, settings)
+    if guider is not None:
+        recipe = replace(recipe, guider=guider)
+    if sampler is not None:
+        recipe = replace(recipe, sampler=sampler)
+    if sigmas is not None:
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() <= 0).all()):
+            raise LunaInputError(
+                f"sigmas has shape {list(sigmas.shape)}: at least two noise levels, from high to low, are needed"
+            )
+        recipe = replace(recipe, sigmas=sigmas, settings=None)
+    return recipe

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from luna_refinement.batching.plan import Region
 from luna_refinement.batching.refine import EncodedRows
 from torch import Tensor
 
@@ -22,13 +23,13 @@ class ExactEngine:
     rows_per_batch: int = 2
     calls: list[list[int]] = field(default_factory=list)
 
-    def anchor(self, crops: Tensor) -> object | None:
+    def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:
         return None
 
     def join_anchors(self, parts: Sequence[object | None]) -> object | None:
         return None
 
-    def encode(self, crops: Tensor) -> Tensor:
+    def encode(self, crops: Tensor, regions: Sequence[Region]) -> Tensor:
         return F.pixel_unshuffle(crops.movedim(-1, 1), 8)
 
     def sample(self, rows: EncodedRows) -> Tensor:

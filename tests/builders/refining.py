@@ -30,7 +30,7 @@ def photograph(count: int = 1, height: int = 512, width: int = 512) -> Tensor:
 def detections(image: Tensor, boxes: Sequence[Sequence[float]] = BOXES, on: Sequence[int] | None = None) -> Detections:
     """Whole-box detections; ``on`` says which picture each lies on."""
     places = on or [0] * len(boxes)
-    items = [Detection(place, tuple(box)) for place, box in zip(places, boxes, strict=True)]
+    items = [Detection(place, (b[0], b[1], b[2], b[3])) for place, b in zip(places, boxes, strict=True)]
     return Detections(tuple(items), image.shape[2], image.shape[1], image.shape[0])
 
 

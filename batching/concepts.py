@@ -1,0 +1,59 @@
+"""What is different for detections of one kind: prompt, anchor, denoise or LoRA by the label of the detection."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import LunaInputError
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA's weights and how strongly it is applied."""
+
+    name: str
+    weights: dict[str, Tensor]
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """Settings for detections whose label matches; None keeps the refiner's own.
+
+    Attributes:
+        match: label patterns, separated by commas, with * and ? as wildcards; letter case does not count.
+        positive, negative: ComfyUI conditioning.
+        ip_adapter_weight: strength of the anchor.
+        denoise: 0..1.
+        lora: applied to the model for these rows.
+        image: [1,H,W,C], the anchor instead of the crop itself.
+    """
+
+    match: str
+    positive: list[Any] | None = None
+    negative: list[Any] | None = None
+    ip_adapter_weight: float | None = None
+    denoise: float | None = None
+    lora: Lora | None = None
+    image: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.patterns:
+            raise LunaInputError("match is empty: write a label such as face, a pattern such as hand*, or * for all")
+        if self.denoise is not None and not 0 <= self.denoise <= 1:
+            raise LunaInputError(f"denoise of concept '{self.match}' is {self.denoise}: use 0 to 1")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(part.strip().lower() for part in self.match.split(",") if part.strip())
+
+    def matches(self, label: str) -> bool:
+        return any(fnmatchcase(label.strip().lower(), pattern) for pattern in self.patterns)
+
+
+def concept_for(label: str, concepts: Sequence[Concept]) -> Concept | None:
+    """The first concept that matches a detection's label."""
+    return next((concept for concept in concepts if concept.matches(label)), None)

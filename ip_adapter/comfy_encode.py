@@ -15,8 +15,8 @@ from .comfy_patch import IPAdapter, layers_for
 from .embeds import RowEmbeds
 
 _ROWS_PER_BATCH = 16
-_REMEMBERED_ROWS = 512
-"""Token rows [T,D] kept per pair of adapter and encoder: 16 x 2048 floats are 128 KiB."""
+_REMEMBERED_BYTES = 64 << 20
+"""Of tokens [T,D] kept per pair of adapter and encoder: 512 pictures of SDXL plus, 85 of full-face."""
 
 _ENCODERS = {768: "ViT-L", 1024: "ViT-H", 1280: "ViT-G"}
 _HIDDEN = {1024: "ViT-L", 1280: "ViT-H", 1664: "ViT-G"}
@@ -25,7 +25,8 @@ _HIDDEN = {1024: "ViT-L", 1280: "ViT-H", 1664: "ViT-G"}
 class _Memory:
     """Tokens of pictures seen before, the oldest forgotten first."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_bytes: int = _REMEMBERED_BYTES) -> None:
+        self.limit_bytes = limit_bytes
         self.rows: OrderedDict[bytes, Tensor] = OrderedDict()
         self.nothing: Tensor | None = None
 
@@ -36,7 +37,7 @@ class _Memory:
 
     def keep(self, digest: bytes, tokens: Tensor) -> None:
         self.rows[digest] = tokens
-        while len(self.rows) > _REMEMBERED_ROWS:
+        while len(self.rows) * tokens.nbytes > self.limit_bytes:
             self.rows.popitem(last=False)
 
 

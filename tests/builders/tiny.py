@@ -76,6 +76,32 @@ def unet(
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
+def flux() -> ModelPatcher:
+    """A MODEL that is no UNet: ComfyUI's own Flux with one block of each kind."""
+    config: dict[str, Any] = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 16,
+        "context_in_dim": 16,
+        "hidden_size": 32,
+        "mlp_ratio": 2.0,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [4, 6, 6],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+    }
+    settings = comfy.supported_models.Flux(config)
+    settings.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.Flux(settings, device="cpu")
+    seed_weights(model.diffusion_model, "tiny flux")
+    return ModelPatcher(model.eval(), torch.device("cpu"), torch.device("cpu"))
+
+
 def vae(family: Family = "sd15") -> Any:
     """A VAE: the analytic TAESD, small anyway."""
     scale = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family].latent_format()

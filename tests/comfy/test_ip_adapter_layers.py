@@ -48,7 +48,8 @@ def test_comfyui_counts_blocks_the_same_way() -> None:
     model, seen = tiny.unet("sd15"), {}
 
     def note(n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> Any:
-        seen[(*options["block"], options["block_index"])] = options["transformer_index"]
+        part, number = options["block"]
+        seen[part, number, options["block_index"]] = options["transformer_index"]
         return n, context, value
 
     model.set_model_attn2_patch(note)

@@ -217,7 +217,8 @@ def test_anchors_act_between_start_and_end_only() -> None:
         patched = anchored(model, start_percent=start, end_percent=end)
         layer = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["middle", 0, 0]
         calls.clear()
-        attend, per_step = layer.attention, []
+        attend: Any = layer.attention
+        per_step: list[int] = []
 
         def count(*args: Any) -> Tensor:
             calls.append("attention")

@@ -111,7 +111,8 @@ def test_published_layouts_are_recognised(
     assert sum(1 for _ in network.parameters()) == len(image_proj) + len(pairs)
     resampler_heads = {"sd15": 12, "sdxl": 20}[family]
     if variant == "plus":
-        assert {layer[0].heads for layer in network.image_proj.layers} == {resampler_heads}
+        resampler: Any = network.image_proj
+        assert {layer[0].heads for layer in resampler.layers} == {resampler_heads}
 
 
 def halves_of(state_dict: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -95,7 +95,7 @@ def test_attention_follows_the_published_formula(scaling: str, roles: list[int])
 # -- diffusers ------------------------------------------------------------------------------------
 
 
-def diffusers_unet(family: str, model: Any) -> UNet2DConditionModel:
+def diffusers_unet(family: str, model: Any) -> Any:
     """diffusers' own UNet with the weights of the tiny ComfyUI model."""
     heads = tiny.CHANNELS // 8
     if family == "sd15":
@@ -117,7 +117,7 @@ def diffusers_unet(family: str, model: Any) -> UNet2DConditionModel:
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         }
-    unet = UNet2DConditionModel(**config)
+    unet: Any = UNet2DConditionModel(**config)
     source = model.model.diffusion_model.state_dict()
     names = unet_to_diffusers(dict(denoiser.SD15_CONFIG if family == "sd15" else denoiser.SDXL_CONFIG))
     wanted = unet.state_dict()
@@ -137,14 +137,12 @@ def test_a_whole_unet_gives_the_numbers_of_diffusers(family: str, variant: str) 
     latent = torch.randn((2, 4, 16, 16), generator=generator)
     text = torch.randn((2, 77, tiny.CONTEXT[family]), generator=generator)
     timesteps = torch.tensor([600.0, 600.0])
-    vector = torch.randn((2, 2816), generator=generator) if family == "sdxl" else None
-    added: dict[str, Any] = {}
+    vector, added = None, {}
     if family == "sdxl":
-        # diffusers embeds the size ids itself; zeros there are matched by the embedding of zeros in ComfyUI's vector
-        time_ids = torch.zeros(2, 6)
-        size_embedding = unet.add_time_proj(time_ids.flatten()).reshape(2, -1)
-        vector = torch.cat([vector[:, :1280], size_embedding], dim=1)
-        added = {"text_embeds": vector[:, :1280], "time_ids": time_ids}
+        pooled, time_ids = torch.randn((2, 1280), generator=generator), torch.zeros(2, 6)
+        # diffusers embeds the size ids itself, ComfyUI takes them embedded
+        vector = torch.cat([pooled, unet.add_time_proj(time_ids.flatten()).reshape(2, -1)], dim=1)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
 
     adapter = as_ip_adapter(halves)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..errors import LunaInputError
 from ..sam3_bridge.concepts import parse_concepts
 from ..sam3_bridge.preview import draw_detections, union_masks
 from ..sam3_bridge.sam3_files import find_model, list_models
@@ -13,6 +14,9 @@ from .checks import check_image
 from .detections import CATEGORY, detections_output
 from .folders import SAM3_FOLDER
 from .schema import LunaSAM3, luna_schema, notice
+
+USUAL_NAME = "sam3"
+"""Offered where there is no model yet, so that running the node tells how to get one."""
 
 
 class LunaSAM3Loader(io.ComfyNode):
@@ -27,13 +31,22 @@ class LunaSAM3Loader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "sam3_model",
-                    options=list_models(folder_paths.get_folder_paths(SAM3_FOLDER)),
+                    options=list_models(folder_paths.get_folder_paths(SAM3_FOLDER)) or [USUAL_NAME],
                     tooltip="A folder in models/sam3 as it was downloaded (config.json, model.safetensors, processor "
                     "and tokenizer files), or a loose .safetensors file of the published weights.",
                 )
             ],
             outputs=[LunaSAM3.Output("sam3", display_name="sam3", tooltip="For SAM3 Detect.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, sam3_model: str) -> bool | str:
+        """Stands in for ComfyUI's "not in list", which does not say how to get the weights."""
+        try:
+            find_model(sam3_model, folder_paths.get_folder_paths(SAM3_FOLDER))
+        except LunaInputError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, sam3_model: str) -> io.NodeOutput:

@@ -114,10 +114,12 @@ def test_the_vision_encoder_runs_once_per_picture_for_all_concepts(sam3: Sam3) -
             hook.remove()
 
 
-def test_a_concept_finds_the_same_alone_and_among_others(sam3: Sam3) -> None:
-    """Within float32 rounding: a batch of concepts is only a matter of speed."""
+@pytest.mark.parametrize("others", [2, CONCEPTS_PER_CALL + 1])
+def test_a_concept_finds_the_same_alone_and_among_others(sam3: Sam3, others: int) -> None:
+    """Within float32 rounding: which concepts share a call is only a matter of speed."""
+    group = [*(Concept(f"{number} eyes") for number in range(others)), Concept("hand")]
     alone, _ = detect(sam3, pictures(), [Concept("hand")], 0.05, nms_iou=1.0)
-    together, _ = detect(sam3, pictures(), [Concept("a face"), Concept("hand"), Concept("eye")], 0.05, nms_iou=1.0)
+    together, _ = detect(sam3, pictures(), group, 0.05, nms_iou=1.0)
     hands = [item for item in together if item.label == "hand"]
     assert len(hands) == len(alone) > 0
     for one, other in zip(alone, hands, strict=True):
@@ -235,6 +237,11 @@ def test_the_loader_lists_folders_and_loose_files(folder: Path, tmp_path: Path) 
 def test_a_name_that_is_not_there_tells_how_to_get_the_weights(models: Path, name: str) -> None:
     with pytest.raises(LunaInputError, match=r"(?s)is not in models/sam3.*gated.*facebook/sam3.*hf auth login"):
         LunaSAM3Loader.execute(sam3_model=name)
+
+
+def test_a_graph_with_a_missing_model_is_refused_with_the_steps(models: Path) -> None:
+    assert LunaSAM3Loader.validate_inputs(sam3_model="sam3") is True
+    assert "hf download facebook/sam3" in LunaSAM3Loader.validate_inputs(sam3_model="sam3_large")
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "processor_config.json", "tokenizer.json"])

@@ -236,10 +236,10 @@ def test_anchors_act_between_start_and_end_only() -> None:
         assert torch.equal(result, bare) == (not any(active))
         return active
 
-    sampling = model.get_model_object("model_sampling")
+    sampling: Any = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)[:-1]
     for start, end in [(0.0, 1.0), (0.0, 0.4), (0.4, 1.0), (0.3, 0.7), (0.0, 0.0), (1.0, 1.0)]:
-        low, high = sampling.percent_to_sigma(end), sampling.percent_to_sigma(start)
+        low, high = (float(sampling.percent_to_sigma(percent)) for percent in (end, start))
         assert active_steps(start, end) == [low <= float(sigma) <= high for sigma in sigmas], (start, end)
 
 
@@ -305,3 +305,29 @@ def test_a_batch_of_another_size_is_an_error_before_the_model_runs(rows: int) ->
     with pytest.raises((LunaRuntimeError, LunaInputError), match=f"{ROWS} image embeds for a batch of {rows} latents"):
         sample(plain_guider(patched, given), rows=rows)
     assert not calls
+
+
+def test_parts_of_the_batch_are_an_error_with_the_reason() -> None:
+    """Context windows show the model some rows at a time, without saying which."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    model, given = tiny.unet("sd15"), prompts("sd15")
+    settings = {"context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
+    settings |= {"closed_loop": False, "fuse_method": "pyramid", "dim": 0}
+    windowed = run_node(ContextWindowsManualNode, anchored(model), **settings)
+    with pytest.raises(LunaRuntimeError, match=r"3 image embeds for 2 latents.*context windows"):
+        sample(plain_guider(windowed, given))
+
+
+def test_masks_refuse_layers_that_are_no_halving_of_the_latent() -> None:
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+    model, given = tiny.unet("sd15"), prompts("sd15")
+    patched = anchored(model, row_masks=torch.ones(ROWS, 64, 64))
+    halving, other = (
+        run_node(PatchModelAddDownscale, patched, 3, factor, 0.0, 1.0, True, "bicubic", "bicubic")
+        for factor in (2.0, 1.5)
+    )
+    assert sample(plain_guider(halving, given)).isfinite().all()
+    with pytest.raises(LunaRuntimeError, match=r"25 tokens, which is no halving of a 16x16 latent"):
+        sample(plain_guider(other, given))

@@ -178,7 +178,7 @@ def test_fifty_runs_leak_neither_objects_nor_memory() -> None:
     process = psutil.Process(os.getpid())
     gc.collect()
     kinds = (AnchoredAttention, RowAnchors, KeyValueLayers)
-    before = [alive(kind) for kind in kinds]
+    before = [alive(kind) for kind in kinds]  # earlier tests may have left some with ComfyUI's list of loaded models
     resident: list[int] = []
     current = model
     for run in range(50):
@@ -186,10 +186,10 @@ def test_fifty_runs_leak_neither_objects_nor_memory() -> None:
         chained = patched.clone().clone() if run % 2 else patched.clone()
         ending = (None, Boom("in a callback"), comfy.model_management.InterruptProcessingException())[run % 3]
         if ending is None:
-            sample(plain_guider(chained, given), steps=1)
+            sample(plain_guider(chained, given), steps=1, side=8)
         else:
             with pytest.raises(type(ending)):
-                sample(plain_guider(chained, given), steps=1, callback=fail_with(ending))
+                sample(plain_guider(chained, given), steps=1, side=8, callback=fail_with(ending))
         current = current.clone()  # a chain of clones of the unpatched model
         del chained, patched, ending
         if run in (19, 49):
@@ -201,7 +201,7 @@ def test_fifty_runs_leak_neither_objects_nor_memory() -> None:
         if value is not None:
             value.__traceback__ = None
     gc.collect()
-    assert [alive(kind) for kind in kinds] == before
+    assert all(alive(kind) <= count for kind, count in zip(kinds, before, strict=True))
     assert resident[1] - resident[0] < 8 << 20  # 30 runs; one run's keys and values are 0.1 MB, its weights 3 MB
 
 

@@ -87,8 +87,10 @@ class RowAnchors:
     def prepare(self) -> None:
         """Makes keys and values; done by the first layer where nobody did it before."""
         if self._cond is None or self._uncond is None:
-            self._cond = self._key_values_of(self.embeds.cond)
-            self._uncond = self._key_values_of(self.embeds.uncond)
+            both = self._key_values_of(torch.cat((self.embeds.cond, self.embeds.uncond)))
+            count = len(self.embeds)
+            self._cond = [(k[:count], v[:count]) for k, v in both]
+            self._uncond = [(k[count:], v[count:]) for k, v in both]
 
     def release(self) -> None:
         """Drops keys and values; the next use makes them again."""

@@ -1,6 +1,7 @@
 """A headless Chromium that opens one page at a time, driven over the DevTools protocol."""
 
 import base64
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import websocket
+from PIL import Image
 
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -121,9 +123,10 @@ class Browser:
                 raise BrowserError(f"not so after {timeout_s:.0f} s: {condition}\nconsole: {self.errors}")
             time.sleep(0.1)
 
-    def screenshot(self, path: Path) -> None:
-        """Writes what the page shows as PNG."""
-        path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"]))
+    def screenshot(self) -> Image.Image:
+        """What the page shows."""
+        png = base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"])
+        return Image.open(io.BytesIO(png)).convert("RGB")
 
     def command(self, method: str, timeout_s: float = 60.0, **parameters: Any) -> dict[str, Any]:
         """One DevTools command and its result; events that arrive meanwhile are read for errors."""

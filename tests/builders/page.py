@@ -1,5 +1,6 @@
 """ComfyUI's own web page in a headless browser: load graphs, read them back, queue them."""
 
+import itertools
 import json
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,7 @@ from builders.browser import Browser, BrowserError
 from builders.graphs import Graph
 from builders.pictures import astronaut, write_pictures
 from builders.server import ComfyServer
+from PIL import Image
 
 EXAMPLE_PICTURE = "example.png"  # ships in the input folder of every ComfyUI; the bundled workflows load it
 
@@ -17,6 +19,12 @@ _SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the first visit opens the templates
     "Comfy.Workflow.ShowMissingModelsWarning": False,  # the published models are not here
 }
+_BEFORE_START = """
+    localStorage.setItem('vueNodesBannerDismissed', 'true')
+    // the page's own state: execution, help, nodes
+    window.store = name =>
+        document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get(name)
+"""
 _READY = "window.app?.vueAppReady && window.app.graph && window.LiteGraph?.registered_node_types?.LoadImage"
 
 
@@ -46,6 +54,7 @@ class ComfyPage:
     def __enter__(self) -> "ComfyPage":
         self.browser.__enter__()
         try:
+            self.browser.command("Page.addScriptToEvaluateOnNewDocument", source=_BEFORE_START)
             self.reload()
         except BaseException:
             self.browser.close()
@@ -68,7 +77,6 @@ class ComfyPage:
         self.browser.errors.clear()
         self.browser.open()
         self.browser.wait_for(_READY)
-        self.browser.evaluate("localStorage.setItem('vueNodesBannerDismissed', 'true')")
         self.start_errors = [*self.browser.errors]
         self.browser.errors.clear()
 
@@ -96,6 +104,25 @@ class ComfyPage:
                 [`${id} ${title}`, [x, y - window.LiteGraph.NODE_TITLE_HEIGHT, x + width, y + height]])"""
         )
         return {title: tuple(box) for title, box in found}
+
+    def overlapping(self) -> list[tuple[str, str]]:
+        """Pairs of nodes that lie on one another."""
+        return [
+            (one, other)
+            for (one, a), (other, b) in itertools.combinations(self.rectangles().items(), 2)
+            if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+        ]
+
+    def ungrouped(self) -> list[str]:
+        """Nodes that no group surrounds."""
+        groups = self.browser.evaluate(
+            "window.app.graph.groups.map(({ pos: [x, y], size: [w, h] }) => [x, y, x + w, y + h])"
+        )
+        return [
+            title
+            for title, node in self.rectangles().items()
+            if not any(g[0] <= node[0] and g[1] <= node[1] and node[2] <= g[2] and node[3] <= g[3] for g in groups)
+        ]
 
     def missing_types(self) -> list[str]:
         """Types of nodes in the graph that the server does not offer."""
@@ -131,7 +158,9 @@ class ComfyPage:
                 api.addEventListener('executed', ({ detail }) => { outputs[detail.node] = detail.output })
                 api.addEventListener('execution_error', ({ detail }) => done({ error: detail.exception_message }))
                 api.addEventListener('execution_success', () => done({ outputs }))
-                if (!await window.app.queuePrompt(0)) done({ error: 'the server refused the graph' })
+                await window.app.queuePrompt(0)
+                const refused = window.store('execution').lastNodeErrors ?? {}
+                if (Object.keys(refused).length) done({ error: JSON.stringify(refused) })
             })""",
             timeout_s,
         )
@@ -145,3 +174,56 @@ class ComfyPage:
         self.browser.wait_for(condition, 20)
         script = f"window.app.graph.getNodeById({int(node_id)}).imgs.map(p => [p.naturalWidth, p.naturalHeight])"
         return [(width, height) for width, height in self.browser.evaluate(script)]
+
+    def close_up(self, title: str, size: int = 800) -> Image.Image:
+        """A square picture of the graph around a group, without the page's menus."""
+        left, top = (self.browser.size[0] - size) // 2, (self.browser.size[1] - size) - 10
+        self.browser.call(
+            """(title, left, top, size) => {
+                const { canvas, graph } = window.app
+                const { pos: [x, y], size: [width, height] } = graph.groups.find(group => group.title === title)
+                const { ds, canvas: { offsetLeft, offsetTop } } = canvas
+                ds.scale = size / (Math.max(width, height) + 40)
+                ds.offset[0] = (left + size / 2 - offsetLeft) / ds.scale - (x + width / 2)
+                ds.offset[1] = (top + size / 2 - offsetTop) / ds.scale - (y + height / 2)
+                canvas.setDirty(true, true)
+                return new Promise(done => setTimeout(done, 500))
+            }""",
+            title,
+            left,
+            top,
+            size,
+        )
+        return self.browser.screenshot().crop((left, top, left + size, top + size))
+
+    def help_page(self, node_type: str) -> str:
+        """The HTML that the page's own help panel shows for a kind of node; raises BrowserError where it finds none."""
+        answer = self.browser.call(
+            """async type => {
+                const help = window.store('nodeHelp')
+                help.openHelp(window.store('nodeDef').nodeDefsByName[type])
+                do await new Promise(done => setTimeout(done, 20)); while (help.isLoading)
+                return [help.error, help.renderedHelpHtml]
+            }""",
+            node_type,
+        )
+        if answer[0]:
+            raise BrowserError(f"{node_type}: {answer[0]}")
+        return str(answer[1])
+
+    def browse_templates(self, pack: str) -> list[str]:
+        """Opens the templates of a pack; the addresses of their pictures, once all are loaded and none is broken."""
+        self.browser.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        entry = f"[...document.querySelectorAll('[role=dialog] span')].find(e => e.textContent.trim() === '{pack}')"
+        self.browser.wait_for(entry)
+        self.browser.evaluate(f"{entry}.click()")
+        pictures = f"[...document.querySelectorAll('[role=dialog] img[src*=\"/{pack}/\"]')]"
+        self.browser.wait_for(f"{pictures}.length && {pictures}.every(picture => picture.naturalWidth > 0)", 20)
+        return [str(source) for source in self.browser.evaluate(f"{pictures}.map(picture => picture.src)")]
+
+    def open_template(self, picture: str) -> None:
+        """Clicks the template of that picture and waits until its graph is shown."""
+        self.browser.call(
+            "source => [...document.querySelectorAll('[role=dialog] img')].find(i => i.src === source).click()", picture
+        )
+        self.browser.wait_for("!document.querySelector('[role=dialog]')", 20)

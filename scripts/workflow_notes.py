@@ -1,0 +1,95 @@
+"""What the bundled workflows tell a new user: their notes, and where the published models are found."""
+
+_HUB = "https://huggingface.co"
+
+DOWNLOADS = {
+    model["name"]: model
+    for model in (
+        {
+            "name": "sd_xl_base_1.0.safetensors",
+            "url": f"{_HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
+            "directory": "checkpoints",
+        },
+        {
+            "name": "ip-adapter-plus_sdxl_vit-h.safetensors",
+            "url": f"{_HUB}/h94/IP-Adapter/resolve/main/sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors",
+            "directory": "ipadapter",
+        },
+        {
+            "name": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+            "url": f"{_HUB}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
+            "directory": "clip_vision",
+        },
+    )
+}
+"""File name to what the web page offers to download where the file is missing."""
+
+_MODELS = """\
+## Models
+Any SDXL or SD1.5 checkpoint works; choose yours in **Models**. The workflow is set to
+
+| file | folder in `models` |
+|---|---|
+| `sd_xl_base_1.0.safetensors` | `checkpoints` |
+| `ip-adapter-plus_sdxl_vit-h.safetensors` | `ipadapter` |
+| `CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors` | `clip_vision` |
+
+The last one is published as `model.safetensors`: rename it. For SD1.5 take `ip-adapter-plus_sd15.safetensors` and set \
+the sizes to 512. Without an IP-Adapter, delete both loaders.
+"""
+
+_PAINT = """\
+1. Load your picture in **Picture**.
+2. Right-click it, **Open in MaskEditor**, paint over every thing to refine, save. Things that do not touch are \
+refined one by one.
+"""
+
+NOTES = {
+    "semantic_detailer": f"""\
+# Semantic Detailer
+Refines every painted region of a picture, all of them in one sampling call. Each region is anchored by its own \
+IP-Adapter embedding, so a face stays that face.
+
+{_PAINT}3. Say in **Prompts** what the regions have in common, then **Run**.
+
+More `denoise` changes more: 0.3 to 0.5 is a good range. Out of memory: set `chunk_size` to 4, the result stays the \
+same.
+
+{_MODELS}""",
+    "sam3_face_detailer": f"""\
+# SAM3 face detailer
+Finds what you name, then refines all that is found in one sampling call. Each region is anchored by its own \
+IP-Adapter embedding, so a face stays that face.
+
+1. Load your picture in **Picture**.
+2. Name what to refine in **Regions**: `face:9, hand` finds at most nine faces, and all hands.
+3. Say in **Prompts** what the regions have in common, then **Run**. **What happened** shows what was found.
+
+Too little is found: lower `threshold`. Out of memory: set `chunk_size` to 4, the result stays the same.
+
+{_MODELS}
+SAM3 needs the folder `models/sam3/sam3` with the files of `facebook/sam3`; see the help page of the SAM3 Loader.
+""",
+    "chess_refiner": f"""\
+# Chess Refiner
+Brings a picture to 4096 px and refines all of it in overlapping tiles: first the even tiles of a chess pattern, then \
+the odd ones, which see what became of their neighbours.
+
+1. Load your picture in **Picture**; set `target_size` to the longer side you want.
+2. Describe the picture in **Prompts**, then **Run**. **Tile plan** shows the tiles.
+
+Keep `denoise` low: 0.2 to 0.35. Out of memory: set `chunk_size` to 4, the result stays the same.
+
+{_MODELS}""",
+    "full_pipeline": f"""\
+# Full pipeline
+Brings a picture to 4096 px, refines the painted regions, then the whole picture. The Chess Refiner gets the mask of \
+what is refined already and changes it less (`refined_strength`).
+
+{_PAINT}3. Set `target_size` to the longer side you want, describe the picture in **Prompts**, then **Run**.
+
+Out of memory: set `chunk_size` of both refiners to 4, the result stays the same.
+
+{_MODELS}""",
+}
+"""Markdown of the note in each workflow."""

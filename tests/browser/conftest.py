@@ -1,0 +1,28 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from builders.browser import find_chromium
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import workspace
+from builders.page import ComfyPage, fresh_base
+from builders.server import ComfyServer
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A ComfyUI that nobody has used yet, with the pack and the small models."""
+    if find_chromium() is None:
+        pytest.skip("Chromium is not installed")
+    with ComfyServer(workspace.comfyui_path(), fresh_base(tmp_path_factory.mktemp("base"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(server: ComfyServer) -> Iterator[ComfyPage]:
+    """ComfyUI's web page in one browser for all tests of a module."""
+    with ComfyPage(server) as opened:
+        yield opened

@@ -1,0 +1,131 @@
+"""The bundled workflows in ComfyUI's own web page: they load, mean what their API form says, look tidy and run."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.browser import BrowserError
+from builders.graphs import WORKFLOWS, Graph, node_id, workflow
+from builders.page import ComfyPage
+from builders.server import ComfyServer
+from PIL import Image
+
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+
+PACK = "luna_refinement"
+NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+PICTURE_BYTES = 60_000
+
+
+def canvas(name: str) -> dict[str, Any]:
+    return dict(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def api(name: str) -> Graph:
+    return dict(json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def fetched(page: ComfyPage, path: str) -> tuple[int, str]:
+    """Status and content type of what the page gets from the server."""
+    answer = page.browser.call(
+        "async path => { const a = await fetch(path); return [a.status, a.headers.get('content-type')] }", path
+    )
+    return answer[0], answer[1]
+
+
+def help_fault(page: ComfyPage, node_type: str) -> str | None:
+    """What is wrong with the help that the page shows for a kind of node."""
+    try:
+        shown = page.help_page(node_type)
+    except BrowserError as error:
+        return str(error)
+    return None if "<h1" in shown and "<table" in shown else "no heading or no table of inputs"
+
+
+def is_widget(spec: list[Any]) -> bool:
+    return isinstance(spec[0], list) or spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def test_the_names() -> None:
+    assert {"semantic_detailer", "chess_refiner", "full_pipeline"} <= set(NAMES)
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == NAMES
+
+
+def test_loading_the_pack_wrote_no_warning(server: ComfyServer, page: ComfyPage) -> None:
+    log = server.log()
+    for folder in (server.comfyui, server.base, WORKFLOWS.parent):
+        log = log.replace(str(folder), "")
+    about_the_pack = [line for line in log.splitlines() if "luna" in line.lower()]
+    assert [line.split("seconds: ")[1:] for line in about_the_pack] == [[f"/custom_nodes/{PACK}"]]
+    assert "Traceback" not in log
+    assert not [error for error in page.start_errors if "luna" in error.lower()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_loads_and_means_what_its_api_form_says(name: str, page: ComfyPage, tmp_path: Path) -> None:
+    page.reload()
+    page.load(canvas(name), name)
+    page.browser.screenshot().save(tmp_path / f"{name}.png")
+    assert page.missing_types() == []
+    assert page.errors == []
+    assert page.prompt() == api(name)
+    assert page.overlapping() == []
+    assert [title.split(" ", 1)[1] for title in page.ungrouped()] == ["Start here"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_api_form_names_every_widget(name: str, server: ComfyServer) -> None:
+    offered = server.get("/object_info")
+    for node in api(name).values():
+        inputs = offered[node["class_type"]]["input"]
+        widgets = {
+            key for kind in ("required", "optional") for key, spec in inputs.get(kind, {}).items() if is_widget(spec)
+        }
+        assert widgets <= node["inputs"].keys()
+        assert node["inputs"].keys() <= inputs.get("required", {}).keys() | inputs.get("optional", {}).keys()
+        assert node["_meta"]["title"]
+
+
+def test_the_templates_list_offers_the_workflows_with_their_pictures(server: ComfyServer, page: ComfyPage) -> None:
+    assert sorted(server.get("/api/workflow_templates")[PACK]) == NAMES
+    for name in NAMES:
+        address = f"/api/workflow_templates/{PACK}/{name}"
+        assert server.get(f"{address}.json") == canvas(name)
+        assert fetched(page, f"{address}.jpg") == (200, "image/jpeg")
+        picture = server.get_bytes(f"{address}.jpg")
+        assert len(picture) < PICTURE_BYTES
+        assert Image.open(io.BytesIO(picture)).size == (400, 400)
+
+
+def test_the_templates_dialog_shows_and_opens_them(page: ComfyPage, tmp_path: Path) -> None:
+    page.reload()
+    pictures = page.browse_templates(PACK)
+    page.browser.screenshot().save(tmp_path / "templates.png")
+    assert sorted(Path(address).stem for address in pictures) == NAMES
+    (chess,) = (address for address in pictures if "chess_refiner" in address)
+    page.open_template(chess)
+    assert page.prompt() == api("chess_refiner")
+
+
+def test_the_page_shows_the_help_of_every_node(server: ComfyServer, page: ComfyPage) -> None:
+    nodes = [name for name, info in server.get("/object_info").items() if info["python_module"].endswith(f".{PACK}")]
+    assert len(nodes) > 10
+    assert {name: fault for name in nodes if (fault := help_fault(page, name))} == {}
+
+
+def test_the_page_runs_the_detailer_and_shows_its_picture(page: ComfyPage, tmp_path: Path) -> None:
+    small = workflow("semantic_detailer", steps=2)
+    page.reload()
+    page.load(canvas("semantic_detailer"), "semantic_detailer")
+    page.set_widgets(small)
+    assert page.prompt() == small
+    outputs = page.queue()
+    save = node_id(small, "SaveImage")
+    assert len(outputs[save]["images"]) == 1
+    assert page.shown_pictures(save) == [(512, 512)]
+    page.browser.screenshot().save(tmp_path / "after_the_run.png")
+    assert page.overlapping() == []
+    assert page.errors == []

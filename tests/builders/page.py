@@ -19,6 +19,7 @@ _SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the first visit opens the templates
     "Comfy.Workflow.ShowMissingModelsWarning": False,  # the published models are not here
 }
+_OPTIONAL_FILES = ("/user.css", "/api/userdata")  # asked for by the page itself; a new user has none
 _BEFORE_START = """
     localStorage.setItem('vueNodesBannerDismissed', 'true')
     // the page's own state: execution, help, nodes
@@ -70,7 +71,7 @@ class ComfyPage:
     def errors(self) -> list[str]:
         """What the console and failed requests reported since the page was ready."""
         self.browser.evaluate("new Promise(requestAnimationFrame)")  # reads the events that wait
-        return self.browser.errors
+        return [error for error in self.browser.errors if not any(path in error for path in _OPTIONAL_FILES)]
 
     def reload(self) -> None:
         """A page as after a fresh visit."""
@@ -212,18 +213,20 @@ class ComfyPage:
         return str(answer[1])
 
     def browse_templates(self, pack: str) -> list[str]:
-        """Opens the templates of a pack; the addresses of their pictures, once all are loaded and none is broken."""
+        """Opens the templates of a pack; names of those offered, once the pictures of all are loaded."""
         self.browser.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        entry = f"[...document.querySelectorAll('[role=dialog] span')].find(e => e.textContent.trim() === '{pack}')"
-        self.browser.wait_for(entry)
-        self.browser.evaluate(f"{entry}.click()")
-        pictures = f"[...document.querySelectorAll('[role=dialog] img[src*=\"/{pack}/\"]')]"
-        self.browser.wait_for(f"{pictures}.length && {pictures}.every(picture => picture.naturalWidth > 0)", 20)
-        return [str(source) for source in self.browser.evaluate(f"{pictures}.map(picture => picture.src)")]
+        texts = "[...document.querySelectorAll('[role=dialog] *')].filter(element => !element.children.length)"
+        named = f"{texts}.filter(element => element.textContent.trim() === '{pack}')"
+        self.browser.wait_for(f"{named}.length")
+        self.browser.evaluate(f"{named}[0].click()")
+        self.browser.wait_for(f"{named}.length > 1", 20)  # the list's heading beside the entry
+        cards = "[...document.querySelectorAll('[data-testid^=template-workflow-]')]"
+        loaded = f"{cards}.every(card => card.querySelector('img')?.naturalWidth > 0)"
+        self.browser.wait_for(f"{cards}.length && {loaded}", 20)
+        names = self.browser.evaluate(f"{cards}.map(card => card.dataset.testid.replace('template-workflow-', ''))")
+        return [str(name) for name in names]
 
-    def open_template(self, picture: str) -> None:
-        """Clicks the template of that picture and waits until its graph is shown."""
-        self.browser.call(
-            "source => [...document.querySelectorAll('[role=dialog] img')].find(i => i.src === source).click()", picture
-        )
+    def open_template(self, name: str) -> None:
+        """Clicks an offered template and waits until its graph is shown."""
+        self.browser.call("name => document.querySelector(`[data-testid=template-workflow-${name}]`).click()", name)
         self.browser.wait_for("!document.querySelector('[role=dialog]')", 20)

@@ -37,7 +37,7 @@ MARGIN = 16  # between a group's border and its nodes
 HEAD = 56  # a group's title
 COLUMN_GAP = 60
 GROUP_GAP = 40
-NOTE_SIZE = (380, 560)
+NOTE_SIZE = (400, 520)
 NOTE_TITLE = "Start here"
 
 
@@ -67,13 +67,13 @@ PLACES = {
     "LunaSAM3Detect": Place(2, "Regions", (360, 200)),
     "LunaDetectionsFilter": Place(2, "Regions", (360, 230)),
     "CLIPTextEncode": Place(2, "Prompts", (360, 110)),
-    "LunaSemanticDetailer": Place(3, "Refine regions", (330, 690)),
-    "LunaChessRefiner": Place(4, "Refine the whole picture", (330, 690)),
+    "LunaSemanticDetailer": Place(3, "Refine regions", (330, 980)),
+    "LunaChessRefiner": Place(4, "Refine the whole picture", (330, 920)),
     "SaveImage": Place(5, "Result", (480, 560)),
     "LunaDetectionsPreview": Place(6, "What happened", (300, 300)),
     "PreviewImage": Place(6, "What happened", (300, 260)),
 }
-"""Where each kind of node stands; within a group in this order."""
+"""Where each kind of node stands; within a group in this order. The refiners have room for their live preview."""
 
 COLORS = {
     "Picture": "#8A8",

@@ -44,6 +44,10 @@ def help_fault(page: ComfyPage, node_type: str) -> str | None:
     return None if "<h1" in shown and "<table" in shown else "no heading or no table of inputs"
 
 
+def assert_all_but_the_note_in_groups(page: ComfyPage) -> None:
+    assert [title.split(" ", 1)[1] for title in page.ungrouped()] == ["Start here"]
+
+
 def is_widget(spec: list[Any]) -> bool:
     return isinstance(spec[0], list) or spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
@@ -73,7 +77,7 @@ def test_a_workflow_loads_and_means_what_its_api_form_says(name: str, page: Comf
     assert page.errors == []
     assert page.prompt() == api(name)
     assert page.overlapping() == []
-    assert [title.split(" ", 1)[1] for title in page.ungrouped()] == ["Start here"]
+    assert_all_but_the_note_in_groups(page)
 
 
 def test_the_oldest_supported_page_reads_them_alike(older_page: ComfyPage) -> None:
@@ -136,4 +140,5 @@ def test_the_page_runs_the_detailer_and_shows_its_picture(page: ComfyPage, tmp_p
     assert page.shown_pictures(save) == [(512, 512)]
     page.browser.screenshot().save(tmp_path / "after_the_run.png")
     assert page.overlapping() == []
+    assert_all_but_the_note_in_groups(page)  # pictures and live preview included
     assert page.errors == []

@@ -23,7 +23,7 @@ def resample(image: Tensor, height: int, width: int) -> Tensor:
         return image
     planes = image.movedim(-1, 0)[None]
     planes = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return planes[0].movedim(0, -1).clamp(0, 1)
+    return planes[0].movedim(0, -1).clamp_(0, 1)
 
 
 def cut(image: Tensor, crop: Box, height: int, width: int) -> Tensor:

@@ -127,6 +127,7 @@ def refine(
             _mark(mask[region.image_index], region, weights)
             if keep_crops:
                 after[region.row] = picture
+            del picture  # or its whole batch would be held while the next is decoded
     return Refined(
         canvas,
         mask,
@@ -144,7 +145,10 @@ def _encode(
     """
 
     def crops_of(part: Sequence[Region], images: Tensor) -> Tensor:
-        return torch.stack([cut(images[r.image_index].float(), r.crop, *r.working_size) for r in part])
+        crops = torch.empty(len(part), *part[0].working_size, images.shape[-1])
+        for crop, r in zip(crops, part, strict=True):
+            crop.copy_(cut(images[r.image_index].float(), r.crop, *r.working_size))
+        return crops
 
     parts = list(_parts(regions, engine.rows_per_batch))
     anchors = engine.join_anchors([engine.anchor(crops_of(part, original), part) for part in parts])
@@ -154,6 +158,7 @@ def _encode(
         latents.append(engine.encode(crops, part))
         if before is not None:
             before.update((region.row, crop) for region, crop in zip(part, crops, strict=True))
+        del crops  # or two batches of them would be held while the next is cut
     return EncodedRows(tuple(regions), _finite(torch.cat(latents), "encoding the crops with vae"), anchors)
 
 
@@ -212,7 +217,8 @@ def _mark(mask: Tensor, region: Region, weights: Tensor) -> None:
 
 
 def _finite(values: Tensor, stage: str) -> Tensor:
-    if not torch.isfinite(values).all():
+    # the extremes tell it without a temporary as large as the values
+    if not torch.isfinite(torch.stack([values.amin(), values.amax()])).all():
         raise LunaRuntimeError(
             f"{stage} gave values that are not numbers (NaN or infinity), which would leave black regions: "
             "start ComfyUI with --fp32-vae or --force-upcast-attention, or use another model or vae"

@@ -181,6 +181,17 @@ def _soften(drawn: Tensor, feather_px: int) -> Tensor:
     taps = torch.arange(-math.floor(half), math.floor(half) + 1, dtype=torch.float32)
     kernel = (1 - (taps / (half + 0.5)) ** 2).clamp(min=0)
     kernel = kernel / kernel.sum()
-    radius = len(taps) // 2
-    blurred = F.conv2d(F.pad(drawn, (radius, radius, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
-    return F.conv2d(F.pad(blurred, (0, 0, radius, radius), mode="replicate"), kernel.view(1, 1, -1, 1))
+    for dim in (-1, -2):
+        drawn = _convolve(drawn, kernel.tolist(), dim)
+    return drawn
+
+
+def _convolve(drawn: Tensor, kernel: list[float], dim: int) -> Tensor:
+    """Convolves [1,1,h,w] along one dimension; several times faster than conv2d, which is made for many channels."""
+    radius, size = len(kernel) // 2, drawn.shape[dim]
+    edges = (radius, radius, 0, 0) if dim == -1 else (0, 0, radius, radius)
+    wide = F.pad(drawn, edges, mode="replicate")
+    convolved = torch.zeros_like(drawn)
+    for shift, share in enumerate(kernel):
+        convolved.add_(wide.narrow(dim, shift, size), alpha=share)
+    return convolved

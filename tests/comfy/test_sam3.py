@@ -241,7 +241,7 @@ def test_a_name_that_is_not_there_tells_how_to_get_the_weights(models: Path, nam
 
 def test_a_graph_with_a_missing_model_is_refused_with_the_steps(models: Path) -> None:
     assert LunaSAM3Loader.validate_inputs(sam3_model="sam3") is True
-    assert "hf download facebook/sam3" in LunaSAM3Loader.validate_inputs(sam3_model="sam3_large")
+    assert "hf download facebook/sam3" in str(LunaSAM3Loader.validate_inputs(sam3_model="sam3_large"))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "processor_config.json", "tokenizer.json"])

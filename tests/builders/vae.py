@@ -18,12 +18,13 @@ _RIM = 4.0  # any number above the largest value the gates let through
 _LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
 
 
-def build_vae(scale_factor: float) -> StateDict:
+def build_vae(scale_factor: float, latent_channels: int = 4) -> StateDict:
     """The state dict (keys ``taesd_encoder.*``, ``taesd_decoder.*``, ``vae_scale``, ``vae_shift``).
 
-    ``scale_factor`` is the latent format's own factor between VAE latents and model-space latents.
+    ``scale_factor`` is the latent format's own factor between VAE latents and model-space latents; of the latent
+    channels only the first four are used.
     """
-    vae = TAESD()
+    vae = TAESD(latent_channels=latent_channels)
     state_dict = {name: torch.zeros_like(tensor) for name, tensor in vae.state_dict().items()}
     _set_encoder(state_dict)
     _set_decoder(state_dict)

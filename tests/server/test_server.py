@@ -157,3 +157,43 @@ def test_sides_that_are_no_multiple_of_8_keep_their_size(server: ComfyServer) ->
         assert saved(server, server.run(graph), graph).shape == (193, 233, 3)
     finally:
         (server.base / "input" / name).unlink()
+
+
+@pytest.fixture(scope="session")
+def tiny_sam3(server: ComfyServer) -> str:
+    """Name of a SAM3 folder with random weights in the server's models."""
+    from builders.sam3 import write_tiny_sam3
+
+    name = "luna_tiny_sam3"
+    folder = server.base / "models" / "sam3" / name
+    if not (folder / "model.safetensors").is_file():
+        write_tiny_sam3(folder)
+    return name
+
+
+def test_from_words_to_picture(server: ComfyServer, tiny_sam3: str) -> None:
+    graph = workflow("sam3_face_detailer", picture=assets.ASTRONAUT, steps=1, crop_size=64)
+    graph = change(graph, "LunaSAM3Loader", sam3_model=tiny_sam3)
+    graph = change(graph, "LunaSAM3Detect", concepts="face:2\nhelmet:2", threshold=0.0)
+    graph = change(graph, "LunaDetectionsFilter", min_score=0.0, min_size=0.0, max_count=3)
+    run = server.run(graph)
+    detailer = node_id(graph, "LunaSemanticDetailer")
+    rows = run.progress(detailer)[-1][1]
+    assert 1 <= rows <= 3
+    (reference,) = run.outputs[node_id(graph, "SaveImage")]["images"]
+    assert (np.asarray(server.image(reference)) != np.asarray(astronaut())).any()
+
+
+def test_the_chess_workflow_upscales_and_refines_in_two_passes(server: ComfyServer) -> None:
+    graph = workflow("chess_refiner", picture=assets.ASTRONAUT, steps=1)
+    run = server.run(graph)
+    assert run.progress(node_id(graph, "LunaChessRefiner"))[-1] == (9, 9)  # 256 px in tiles of 128 px: 5 even, 4 odd
+    (reference,) = run.outputs[node_id(graph, "SaveImage")]["images"]
+    assert server.image(reference).size == (256, 256)
+
+
+def test_the_full_pipeline_runs(server: ComfyServer) -> None:
+    graph = workflow("full_pipeline", steps=1, crop_size=64)
+    run = server.run(graph)
+    assert run.progress(node_id(graph, "LunaSemanticDetailer"))[-1] == (5, 5)
+    assert run.progress(node_id(graph, "LunaChessRefiner"))[-1] == (9, 9)

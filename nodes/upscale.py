@@ -63,9 +63,9 @@ class LunaPrepUpscale(io.ComfyNode):
 
 def _with_model(upscale_model: Any, image: Tensor) -> Tensor:
     """ComfyUI's own tiled upscale, with its memory handling and progress bar; alpha is resampled beside it."""
-    from nodes import NODE_CLASS_MAPPINGS
+    from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel
 
-    node: Any = NODE_CLASS_MAPPINGS["ImageUpscaleWithModel"]
+    node: Any = ImageUpscaleWithModel
     upscale = node.execute if hasattr(node, "execute") else node().upscale
     upscaled = upscale(upscale_model, image[..., :3])[0]
     if image.shape[-1] == 3:

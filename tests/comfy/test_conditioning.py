@@ -272,3 +272,35 @@ def test_out_of_memory_with_one_row_gives_sizes_and_advice(sd15: Studio) -> None
     with pytest.raises(LunaRuntimeError, match="64x64 px crop"):
         sd15.detail(image, detections(image), model=model)
     assert torch.equal(sd15.plain_sample(), before)
+
+
+@pytest.mark.parametrize("stage", ["encode", "decode", "clip_vision"])
+def test_out_of_memory_outside_sampling_is_mended_too(sd15: Studio, stage: str) -> None:
+    """Raised inside the networks themselves: ComfyUI's VAE goes on in tiles, pictures are encoded in halves."""
+    image = photograph()
+    usual = sd15.detail(image, detections(image))[3]
+    network = {
+        "encode": sd15.vae.first_stage_model.taesd_encoder,
+        "decode": sd15.vae.first_stage_model.taesd_decoder,
+        "clip_vision": sd15.clip_vision.model.vision_model.encoder,
+    }[stage]
+    failed: list[int] = []
+
+    def limit(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs[0].shape[0] > 1:
+            failed.append(inputs[0].shape[0])
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+
+    hook = network.register_forward_pre_hook(limit)
+    try:
+        # pictures never seen before, or the embeds would come from memory
+        other = image.flip(2) if stage == "clip_vision" else image
+        short_of_memory = sd15.detail(other, detections(other))[3]
+    finally:
+        hook.remove()
+    assert failed
+    if stage != "clip_vision":
+        assert difference(short_of_memory, usual) <= BOUND
+    else:
+        unhurried = Studio("sd15", sd15.folder).detail(other, detections(other))[3]
+        assert difference(short_of_memory, unhurried) <= BOUND

@@ -2,6 +2,9 @@
 
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +26,38 @@ def saved(server: ComfyServer, run: Run, graph: Graph) -> np.ndarray:
 
 
 @pytest.mark.parametrize("which", ["server", "older_server"])
-def test_the_pack_loads_fast_and_without_a_warning(which: str, request: pytest.FixtureRequest) -> None:
+def test_the_pack_loads_without_a_warning(which: str, request: pytest.FixtureRequest) -> None:
     running: ComfyServer = request.getfixturevalue(which)
-    assert running.pack_import_seconds(PACK) < 0.3
+    assert running.pack_import_seconds(PACK) < 3  # raises where the import failed; how fast it is, is measured below
     log = running.log()
     about_the_pack = [line for line in log.splitlines() if "luna" in line.lower() and "seconds" not in line]
     assert about_the_pack == [line for line in about_the_pack if re.search(r"base director|sqlite|user", line, re.I)]
     assert "Traceback" not in log
+
+
+def test_importing_the_pack_takes_no_time(server: ComfyServer) -> None:
+    """Processor time beyond ComfyUI's own, which a busy machine does not change; the best of three processes."""
+    code = """
+import sys, time, importlib.util
+root, comfyui = sys.argv.pop(), sys.argv.pop()
+sys.path.insert(0, comfyui)
+import utils.extra_config
+from comfy.cli_args import args
+args.cpu = True
+import nodes, server, comfy_api.latest, comfy.samplers, latent_preview
+start = time.process_time()
+spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
+module = importlib.util.module_from_spec(spec)
+sys.modules["pack"] = module
+spec.loader.exec_module(module)
+print(time.process_time() - start)
+"""
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", code, str(server.comfyui), root]
+    seconds = [
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) for _ in range(3)
+    ]
+    assert min(seconds) < 0.3
 
 
 @pytest.mark.parametrize("which", ["server", "older_server"])
@@ -40,13 +68,12 @@ def test_every_input_has_a_tooltip_and_every_node_a_page(which: str, request: py
     for name, info in nodes.items():
         assert info["category"].startswith("Luna/")
         assert info["description"]
-        for inputs in info["input"].values():
-            for key, spec in inputs.items():
-                assert spec[1].get("tooltip"), f"{name}.{key} has no tooltip"
+        inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
+        for key, spec in inputs.items():
+            assert spec[1].get("tooltip"), f"{name}.{key} has no tooltip"
         page = running.get_bytes(f"/extensions/{PACK}/docs/{name}.md").decode()
-        for inputs in info["input"].values():
-            missing = [key for key in inputs if f"`{key}`" not in page]
-            assert not missing, f"the page of {name} does not speak of {missing}"
+        missing = [key for key in inputs if f"`{key}`" not in page]
+        assert not missing, f"the page of {name} does not speak of {missing}"
 
 
 def test_the_detailer_workflow_runs_from_queue_to_picture(server: ComfyServer) -> None:

@@ -145,7 +145,8 @@ def _encode(
     """
 
     def crops_of(part: Sequence[Region], images: Tensor) -> Tensor:
-        crops = torch.empty(len(part), *part[0].working_size, images.shape[-1])
+        # planes in memory, as the resampling gives them and the VAE wants them
+        crops = torch.empty(len(part), images.shape[-1], *part[0].working_size).movedim(1, -1)
         for crop, r in zip(crops, part, strict=True):
             crop.copy_(cut(images[r.image_index].float(), r.crop, *r.working_size))
         return crops

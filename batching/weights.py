@@ -155,18 +155,19 @@ def _shift_edge(drawn: Tensor, offset: float) -> Tensor:
     if px == 0:
         return drawn
     signed = drawn if px > 0 else -drawn
-    for _ in range(2):
-        signed = _running_max(signed, abs(px)).transpose(-1, -2)
+    for dim in (-1, -2):
+        signed = _running_max(signed, abs(px), dim)
     return signed if px > 0 else -signed
 
 
-def _running_max(x: Tensor, radius: int) -> Tensor:
-    """Maximum over ``2*radius+1`` neighbours of the last dimension, by doubling: log2(radius) passes."""
-    x = F.pad(x, (radius, radius, 0, 0), mode="replicate")
+def _running_max(x: Tensor, radius: int, dim: int) -> Tensor:
+    """Maximum over ``2*radius+1`` neighbours along one dimension of [1,1,h,w], by doubling: log2(radius) passes."""
+    x = _repeat_edge(x, radius, dim)
     reach, size = 1, 2 * radius + 1
     while reach < size:
         step = min(reach, size - reach)
-        x = torch.maximum(x[..., :-step], x[..., step:])
+        left = x.shape[dim] - step
+        x = torch.maximum(x.narrow(dim, 0, left), x.narrow(dim, step, left))
         reach += step
     return x
 
@@ -189,9 +190,12 @@ def _soften(drawn: Tensor, feather_px: int) -> Tensor:
 def _convolve(drawn: Tensor, kernel: list[float], dim: int) -> Tensor:
     """Convolves [1,1,h,w] along one dimension; several times faster than conv2d, which is made for many channels."""
     radius, size = len(kernel) // 2, drawn.shape[dim]
-    edges = (radius, radius, 0, 0) if dim == -1 else (0, 0, radius, radius)
-    wide = F.pad(drawn, edges, mode="replicate")
+    wide = _repeat_edge(drawn, radius, dim)
     convolved = torch.zeros_like(drawn)
     for shift, share in enumerate(kernel):
         convolved.add_(wide.narrow(dim, shift, size), alpha=share)
     return convolved
+
+
+def _repeat_edge(x: Tensor, radius: int, dim: int) -> Tensor:
+    return F.pad(x, (radius, radius, 0, 0) if dim == -1 else (0, 0, radius, radius), mode="replicate")

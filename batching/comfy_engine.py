@@ -76,7 +76,7 @@ class ComfyEngine:
         concepts: settings by the label of a row; the first match counts.
     """
 
-    rows_per_batch = 8
+    px_per_batch = 4 * 1024**2
 
     def __init__(
         self,

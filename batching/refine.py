@@ -36,8 +36,8 @@ class Engine(Protocol):
     """What the refinement needs of the models; one implementation knows ComfyUI."""
 
     @property
-    def rows_per_batch(self) -> int:
-        """How many crops to hold at a time while encoding and decoding."""
+    def px_per_batch(self) -> int:
+        """How many px of crops to hold at a time while encoding and decoding; one crop is held whatever its size."""
         ...
 
     def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:
@@ -80,12 +80,12 @@ class Refined:
 
     Attributes:
         image: [B,H,W,C] float32.
-        mask: [B,H,W] float32, the paste weight of all regions together.
+        mask: [B,H,W] float32, the paste weight of all regions together; None when not kept.
         crops_before, crops_after: one [H,W,3] per row, at its working size; empty when not kept.
     """
 
     image: Tensor
-    mask: Tensor
+    mask: Tensor | None
     crops_before: tuple[Tensor, ...]
     crops_after: tuple[Tensor, ...]
 
@@ -96,6 +96,7 @@ def refine(
     engine: Engine,
     settings: PasteSettings = PasteSettings(),
     keep_crops: bool = False,
+    keep_mask: bool = True,
 ) -> Refined:
     """Carries out a plan on a picture batch.
 
@@ -105,13 +106,14 @@ def refine(
         engine: the models.
         settings: how crops are pasted.
         keep_crops: also return every crop before and after.
+        keep_mask: also return what was pasted where.
 
     Raises:
         LunaRuntimeError: the VAE or the model gave values that are not numbers.
     """
     canvas = image.to(torch.float32).clone()
     colours, original = canvas[..., :3], image[..., :3]
-    mask = torch.zeros(canvas.shape[:3])
+    mask = torch.zeros(canvas.shape[:3]) if keep_mask else None
     before: dict[int, Tensor] = {}
     after: dict[int, Tensor] = {}
     for rows in plan.passes:
@@ -124,7 +126,8 @@ def refine(
             sampled.update((region.row, latent) for region, latent in zip(batch.regions, latents, strict=True))
         for region, picture in _decode(plan.paste_order(rows), sampled, engine):
             weights = _paste_back(colours[region.image_index], original[region.image_index], picture, region, settings)
-            _mark(mask[region.image_index], region, weights)
+            if mask is not None:
+                _mark(mask[region.image_index], region, weights)
             if keep_crops:
                 after[region.row] = picture
             del picture  # or its whole batch would be held while the next is decoded
@@ -151,7 +154,7 @@ def _encode(
             crop.copy_(cut(images[r.image_index].float(), r.crop, *r.working_size))
         return crops
 
-    parts = list(_parts(regions, engine.rows_per_batch))
+    parts = list(_parts(regions, engine.px_per_batch))
     anchors = engine.join_anchors([engine.anchor(crops_of(part, original), part) for part in parts])
     latents = []
     for part in parts:
@@ -166,7 +169,7 @@ def _encode(
 def _decode(regions: Sequence[Region], sampled: dict[int, Tensor], engine: Engine) -> Iterator[tuple[Region, Tensor]]:
     """Decodes in paste order, a few rows of one size at a time."""
     for same_size in _runs(regions):
-        for part in _parts(same_size, engine.rows_per_batch):
+        for part in _parts(same_size, engine.px_per_batch):
             latents = _finite(torch.stack([sampled.pop(region.row) for region in part]), "sampling with model")
             yield from zip(part, _finite(engine.decode(latents), "decoding with vae"), strict=True)
 
@@ -205,7 +208,10 @@ def _runs(regions: Sequence[Region]) -> Iterator[list[Region]]:
         yield run
 
 
-def _parts(regions: Sequence[Region], size: int) -> Iterator[Sequence[Region]]:
+def _parts(regions: Sequence[Region], px: int) -> Iterator[Sequence[Region]]:
+    """Regions of one working size, as many at a time as fit into ``px``."""
+    height, width = regions[0].working_size
+    size = max(1, px // (height * width))
     for start in range(0, len(regions), size):
         yield regions[start : start + size]
 

@@ -134,11 +134,16 @@ class SharedWeights:
         weights = self.own.draw(window)
         if not self.earlier and not self.later:
             return weights
-        later = sum((tile.draw(window) for tile in self.later), torch.zeros_like(weights))
-        total = sum((tile.draw(window) for tile in self.earlier), weights + later)
-        scale = total.clamp(min=1)
-        covered_later = later / scale
-        return torch.where(covered_later < 1, weights / scale / (1 - covered_later).clamp(min=1e-6), 0).clamp(0, 1)
+        later = torch.zeros_like(weights)
+        for tile in self.later:
+            later += tile.draw(window)
+        total = weights + later
+        for tile in self.earlier:
+            total += tile.draw(window)
+        total.clamp_(min=1)
+        left = 1 - later.div_(total)
+        weights.div_(total).div_(left.clamp(min=1e-6))
+        return weights.masked_fill_(left <= 0, 0).clamp_(0, 1)
 
 
 def _fade(start: int, stop: int, fade_in: int, fade_out: int, first: int, last: int) -> Tensor:

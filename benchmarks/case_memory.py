@@ -29,11 +29,11 @@ def run(results: Path) -> Report:
                 f"{(found['peak'] - certain) / found['chunk']:.2f}",
             )
         )
-    columns = ("refinement", "canvas", "mask", "kept crops", "one batch of crops", "peak", "batches beyond the rest")
+    columns = ("refinement", "canvas", "mask", "kept crops", "chunk of 8 crops", "peak", "chunks beyond the rest")
     about = (
         "Growth of the resident size, MiB, from when picture and plan exist to the peak. The model is trivial (means "
-        "of 8x8 px), so the models' own memory is not in it. Last column: (peak - canvas - mask - kept crops) / one "
-        "batch."
+        "of 8x8 px), so the models' own memory is not in it. Last column: (peak - canvas - mask - kept crops) / "
+        "one chunk. Target: at most 1."
     )
     return Report("memory", about, (Table("Peak memory, MiB", columns, tuple(rows)),))
 

@@ -24,19 +24,20 @@ import torch
 import torch.nn.functional as F
 from builders.detections import PlainDetection
 from builders.seeding import generator_for
+from luna_refinement.batching.comfy_engine import ComfyEngine
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, RefinePlan, Region, plan_detections
 from luna_refinement.batching.refine import EncodedRows, refine
 from torch import Tensor
 
-REGIONS, CROP, ROWS_PER_BATCH = 30, 1024, 8
+REGIONS, CROP, CHUNK_ROWS = 30, 1024, 8
 
 
 @dataclass
 class BlockEngine:
     """Latents are the means of 8x8 px blocks: 64 times smaller than the crops, as with a real VAE."""
 
-    rows_per_batch: int = ROWS_PER_BATCH
+    px_per_batch: int = ComfyEngine.px_per_batch
 
     def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:
         return None
@@ -85,22 +86,21 @@ def main() -> None:
     plan = plan_for(kind, side)
     forget_peak()
     before = status_bytes("VmRSS")
-    refined = refine(image, plan, BlockEngine(), keep_crops=kind == "regions")
+    refined = refine(image, plan, BlockEngine(), keep_crops=kind == "regions", keep_mask=kind == "regions")
     kept = sum(crop.nbytes for crop in (*refined.crops_before, *refined.crops_after))
     report = {
         "peak": status_bytes("VmHWM") - before,
         "canvas": refined.image.nbytes,
-        "mask": refined.mask.nbytes,
+        "mask": 0 if refined.mask is None else refined.mask.nbytes,
         "kept": kept,
-        "rows": ROWS_PER_BATCH,
-        "chunk": ROWS_PER_BATCH * CROP * CROP * 3 * 4,
+        "chunk": CHUNK_ROWS * CROP * CROP * 3 * 4,
     }
     print(json.dumps(report))
 
 
 def _warm_up(kind: str) -> None:
     """A small run first: libraries load and threads start before the measurement."""
-    refine(torch.full((1, 1100, 1100, 3), 0.5), plan_for(kind, 1100), BlockEngine(1))
+    refine(torch.full((1, 1100, 1100, 3), 0.5), plan_for(kind, 1100), BlockEngine())
 
 
 if __name__ == "__main__":

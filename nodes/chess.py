@@ -167,7 +167,7 @@ class LunaChessRefiner(io.ComfyNode):
             noise_scaffold=check_scaffold(noise_scaffold, vae, image),
             denoise_share=_denoise_share(refined_mask, refined_strength, image),
         )
-        refined = refine(image, plan, engine, PasteSettings(color_match=color_match))
+        refined = refine(image, plan, engine, PasteSettings(color_match=color_match), keep_mask=False)
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)
 
 

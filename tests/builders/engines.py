@@ -20,7 +20,7 @@ class ExactEngine:
     """
 
     change: Callable[[int, Tensor], Tensor] = lambda row, latent: latent
-    rows_per_batch: int = 2
+    px_per_batch: int = 2 * 64**2
     calls: list[list[int]] = field(default_factory=list)
 
     def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:

@@ -14,7 +14,9 @@ Why a difference, and not the quotient of border and control? Because on a black
 quotient is infinite, also that of a ramp nobody sees.
 
 Refinements are random, and so is the measure: the gradients of several runs are averaged, and the same measure of
-further controls says how far from 1 it gets where there is no seam at all (its floor).
+further controls says how far from 1 it gets where there is no seam at all (its floor). Runs on several pictures
+average out something else: where an edge of the picture runs along a border, refining it twice in the overlap makes it
+softer or harder, which is no seam either, and lies elsewhere in the next picture.
 
 Measured on the change alone (refined minus input) the picture's own gradient hides nothing; this stricter pair of
 numbers is reported beside the first. Where a feather mixes the unlike detail of two tiles, both fall below 1: a mean
@@ -80,12 +82,12 @@ def borders(plan: RefinePlan) -> list[Border]:
 
 
 def measure_seams(image: Tensor, refined: Tensor, control: Tensor, plan: RefinePlan) -> Seams:
-    """Measures the borders of a plan for one picture.
+    """Measures the borders of a plan.
 
     Args:
-        image: [H,W,C], the input.
-        refined: [R,H,W,C], results of R runs that differ in their noise.
-        control: [K,H,W,C], the same of the picture as one tile.
+        image: the input of all runs [H,W,C], or that of each [R,H,W,C].
+        refined: [R,H,W,C], results of R runs that differ in their noise, or also in their picture.
+        control: [R,H,W,C], the same as one tile each.
         plan: of the tiles.
     """
     lines = borders(plan)

@@ -5,17 +5,14 @@
 
 from functools import cache
 
-import matplotlib.cbook
-import numpy as np
 import pytest
-import skimage.data
 import torch
 from builders.engines import ExactEngine
+from builders.photographs import PHOTOGRAPHS, square_photograph
 from builders.seams import Seams, borders, disturbance, measure_seams
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import refine
-from PIL import Image
 from torch import Tensor
 
 SIDE, TILE = 512, 128
@@ -30,22 +27,6 @@ GRIDS = {
 }
 
 
-@cache
-def photograph(name: str) -> Tensor:
-    """[512,512,3]: the middle of the photograph."""
-    sample = name == "grace_hopper"
-    pixels = (
-        np.array(Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg")))
-        if sample
-        else (getattr(skimage.data, name)())
-    )
-    picture = Image.fromarray(pixels)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).float() / 255
-
-
 def plan(grid: str) -> RefinePlan:
     return plan_tiles(SIDE, SIDE, 1, GRIDS[grid], seed=0)
 
@@ -54,16 +35,17 @@ def plan(grid: str) -> RefinePlan:
 def refined(name: str, grid: str, noise: str = "run") -> Tensor:
     """[RUNS,512,512,3]"""
     pictures = [
-        refine(photograph(name)[None], plan(grid), ExactEngine(disturbance(f"{noise} {run}"))) for run in range(RUNS)
+        refine(square_photograph(name)[None], plan(grid), ExactEngine(disturbance(f"{noise} {run}")))
+        for run in range(RUNS)
     ]
     return torch.cat([result.image for result in pictures])
 
 
 def seams(name: str, grid: str) -> Seams:
-    return measure_seams(photograph(name), refined(name, grid), refined(name, "whole", "control"), plan(grid))
+    return measure_seams(square_photograph(name), refined(name, grid), refined(name, "whole", "control"), plan(grid))
 
 
-@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea", "grace_hopper"])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
 class TestPhotographs:
     def test_chess_order_leaves_no_seam(self, name: str) -> None:
         found = seams(name, "chess")
@@ -83,7 +65,7 @@ class TestPhotographs:
 
     def test_no_tiles_measure_as_no_seams(self, name: str) -> None:
         control = refined(name, "whole", "control")
-        floor = measure_seams(photograph(name), refined(name, "whole"), control, plan("chess"))
+        floor = measure_seams(square_photograph(name), refined(name, "whole"), control, plan("chess"))
         assert floor.mean == pytest.approx(1, abs=0.01)
         assert floor.worst <= 1.10
 
@@ -92,7 +74,7 @@ def test_one_visible_border_is_found_among_all() -> None:
     control = refined("coffee", "whole", "control")
     stepped = refined("coffee", "whole").clone()
     stepped[:, 96:224, 192:] += 0.03  # one side of one tile, and what lies right of it
-    found = measure_seams(photograph("coffee"), stepped, control, plan("chess"))
+    found = measure_seams(square_photograph("coffee"), stepped, control, plan("chess"))
     assert found.worst > 1.15
 
 
@@ -103,7 +85,7 @@ def test_borders_are_where_tiles_begin_fade_and_end() -> None:
 
 
 def test_an_engine_that_changes_nothing_keeps_every_bit() -> None:
-    image = photograph("astronaut")[None]
+    image = square_photograph("astronaut")[None]
     assert torch.equal(refine(image, plan("chess"), ExactEngine()).image, image)
 
 

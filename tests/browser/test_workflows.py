@@ -15,6 +15,8 @@ from PIL import Image
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 PACK = "luna_refinement"
+LOCALES = WORKFLOWS.parent / "locales"
+LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir())
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 PICTURE_BYTES = 60_000
 
@@ -126,6 +128,26 @@ def test_the_page_shows_the_help_of_every_node(server: ComfyServer, page: ComfyP
     nodes = [name for name, info in server.get("/object_info").items() if info["python_module"].endswith(f".{PACK}")]
     assert len(nodes) > 10
     assert {name: fault for name in nodes if (fault := help_fault(page, name))} == {}
+
+
+def test_the_page_speaks_the_languages_of_the_pack(older_page: ComfyPage, tmp_path: Path) -> None:
+    """The front end 1.32 of the newer ComfyUI drops every pack's translations when it loads its own; 1.25 shows them."""
+    page = older_page
+    try:
+        for language in LANGUAGES:
+            page.speak(language)
+            known = json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
+            title, labels = page.texts("LunaSemanticDetailer")
+            wanted = known["LunaSemanticDetailer"]
+            assert title == wanted["display_name"]
+            assert labels["detections"] == wanted["inputs"]["detections"]["name"]
+            assert labels["crop_size"] == wanted["inputs"]["crop_size"]["name"]
+            page.load(canvas("semantic_detailer"), "semantic_detailer")
+            page.browser.screenshot().save(tmp_path / f"{language}.png")
+            assert page.prompt().keys() == api("semantic_detailer").keys()
+            assert page.errors == []
+    finally:
+        page.speak("en")
 
 
 def test_the_page_runs_the_detailer_and_shows_its_picture(page: ComfyPage, tmp_path: Path) -> None:

@@ -81,6 +81,23 @@ class ComfyPage:
         self.start_errors = [*self.browser.errors]
         self.browser.errors.clear()
 
+    def speak(self, language: str) -> None:
+        """Sets the language as the settings dialog does, and visits the page again."""
+        self.browser.call("language => window.app.ui.settings.setSettingValueAsync('Comfy.Locale', language)", language)
+        self.reload()
+
+    def texts(self, node_type: str) -> tuple[str, dict[str, str]]:
+        """What a new node of a kind shows: its title, and the label of every input."""
+        title, labels = self.browser.call(
+            """type => {
+                const node = window.LiteGraph.createNode(type)
+                const shown = entry => [entry.name, entry.label ?? entry.localized_name ?? entry.name]
+                return [node.title, [...node.inputs ?? [], ...node.widgets ?? []].map(shown)]
+            }""",
+            node_type,
+        )
+        return title, dict(labels)
+
     def load_api(self, graph: Graph, name: str) -> None:
         """Loads an API graph the way the page does when such a file is dropped on it."""
         self.browser.call("(graph, name) => window.app.loadApiJson(graph, name)", graph, name)

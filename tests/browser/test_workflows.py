@@ -131,7 +131,7 @@ def test_the_page_shows_the_help_of_every_node(server: ComfyServer, page: ComfyP
 
 
 def test_the_page_speaks_the_languages_of_the_pack(older_page: ComfyPage, tmp_path: Path) -> None:
-    """The front end 1.32 of the newer ComfyUI drops every pack's translations when it loads its own; 1.25 shows them."""
+    """Front end 1.32, of the newer ComfyUI, drops every pack's translations when it loads its own; 1.25 shows them."""
     page = older_page
     try:
         for language in LANGUAGES:

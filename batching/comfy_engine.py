@@ -19,7 +19,7 @@ from .concepts import Concept, Lora, concept_for
 from .conditioning import Conditioning, Row, RowConditioning
 from .crops import cut, resample
 from .noise import row_generator, row_noise
-from .plan import RefinePlan, Region
+from .plan import RefinePlan, Region, even_chunk
 from .refine import EncodedRows
 from .scaffold import scaffold_slice
 
@@ -169,7 +169,7 @@ class ComfyEngine:
     def _chunk(self, recipe: Recipe, total: int, latent_shape: Sequence[int]) -> int:
         if recipe.rows_alone:
             return 1
-        return self.chunk_size or min(total, rows_that_fit(recipe.model, latent_shape))
+        return even_chunk(total, self.chunk_size or rows_that_fit(recipe.model, latent_shape))
 
     def _try_chunk(self, rows: EncodedRows, places: list[int], recipe: Recipe, model: Any) -> Tensor | None:
         """One sampling call; None when it does not fit in memory."""

@@ -1,6 +1,7 @@
 """The plan as a picture: crops, paste regions, row numbers and passes, drawn over the dimmed input."""
 
 import colorsys
+import math
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .crops import resample
-from .plan import RefinePlan, Region
+from .plan import RefinePlan, Region, even_chunk
 
 LONGEST_SIDE = 1536
 """px of the longer side of the drawing; larger pictures are scaled down to it."""
@@ -84,7 +85,7 @@ def describe(
     Args:
         plan: the plan.
         steps: sampling steps of each call.
-        chunk_rows: rows per sampling call for each working size (height, width).
+        chunk_rows: most rows per sampling call for each working size (height, width).
         row_bytes: estimated bytes one row takes while sampling, for each working size.
     """
     lines = [
@@ -95,12 +96,12 @@ def describe(
     for number, rows in enumerate(plan.passes):
         for batch in plan.batches(rows):
             size = batch[0].working_size
-            chunks = -(-len(batch) // chunk_rows[size])
+            chunk = even_chunk(len(batch), chunk_rows[size])
+            chunks = math.ceil(len(batch) / chunk)
             calls += chunks
-            most = min(len(batch), chunk_rows[size])
             lines.append(
                 f"pass {number + 1}: {len(batch)} row(s) at {size[1]}x{size[0]} px in {chunks} sampling call(s), "
-                f"about {most * row_bytes[size] / 2**20:.0f} MiB each"
+                f"about {chunk * row_bytes[size] / 2**20:.0f} MiB each"
             )
     lines.append(f"{calls} sampling call(s), {calls * steps} steps in all")
     for region in plan.regions:

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.geometry import picture_box
 from luna_refinement.batching.grid import TileSettings, plan_tiles, spans
+from luna_refinement.batching.plan import even_chunk
 from luna_refinement.batching.refine import refine
 from luna_refinement.errors import LunaInputError
 
@@ -23,6 +25,14 @@ def test_a_4k_picture_is_25_tiles_in_two_passes() -> None:
     assert len(plan.regions) == 25
     assert [len(rows) for rows in plan.passes] == [13, 12]
     assert [region.crop.x1 for region in plan.regions[:5]] == [0, 768, 1536, 2304, 3072]
+
+
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_even_chunks_take_no_more_calls(total: int, most: int) -> None:
+    chunk = even_chunk(total, most)
+    assert 1 <= chunk <= most
+    assert math.ceil(total / chunk) == math.ceil(total / most)
+    assert chunk == 1 or math.ceil(total / (chunk - 1)) > math.ceil(total / most)
 
 
 def test_the_small_plan_is_the_4k_plan_at_an_eighth() -> None:

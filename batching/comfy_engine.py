@@ -103,6 +103,7 @@ class ComfyEngine:
         self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, self._cell)
         self._inpaints = "masked_image" in getattr(recipe.model.model, "concat_keys", ())
         self._masked: dict[int, tuple[Tensor, Tensor]] = {}
+        self._row_factors = _row_factors(plan, anchor.layer_weights) if anchor and anchor.layer_weights else {}
         self._progress = SamplingProgress(recipe.model, len(plan.regions), recipe.steps)
 
     def anchor(self, crops: Tensor, regions: Sequence[Region]) -> RowEmbeds | None:
@@ -228,7 +229,9 @@ class ComfyEngine:
 
     def _anchor_weight(self, region: Region, weight: float) -> float:
         concept = self._concept(region)
-        return weight if concept is None or concept.ip_adapter_weight is None else concept.ip_adapter_weight
+        if concept is not None and concept.ip_adapter_weight is not None:
+            weight = concept.ip_adapter_weight
+        return weight * self._row_factors.get(region.row, 1.0)
 
     def _anchor_picture(self, crop: Tensor, region: Region) -> Tensor:
         """The crop, or the reference picture of the row's concept, centre-cropped to the crop's shape."""
@@ -298,6 +301,15 @@ class ComfyEngine:
 def _size(rows: EncodedRows) -> tuple[int, int]:
     """(height, width) of the latents."""
     return rows.latents.shape[-2], rows.latents.shape[-1]
+
+
+def _row_factors(plan: RefinePlan, layer_weights: LayerWeights) -> dict[int, float]:
+    """What the row curve makes of each row's weight; it runs over the rows of one picture, whatever batch it is in."""
+    factors: dict[int, float] = {}
+    for image_index in range(plan.image_count):
+        rows = [region.row for region in plan.regions if region.image_index == image_index]
+        factors.update(zip(rows, layer_weights.row_factors(len(rows)).tolist(), strict=True))
+    return factors
 
 
 def _with_lora(model: Any, lora: Lora | None) -> Any:

@@ -1,9 +1,13 @@
-"""How strongly each attention layer is anchored: named presets, and single blocks by text."""
+"""How strongly each attention layer and each row is anchored: named presets, single blocks and a curve by text."""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import LunaInputError
 from .layers import AttentionLayer
@@ -59,15 +63,17 @@ class LayerFactor:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights over the depth of the model.
+    """Weights over the depth of the model and over the rows of a picture.
 
     Attributes:
         preset: one of ``LAYER_PRESETS``; gives every layer its factor.
         overrides: (block, factor) pairs that replace the preset's factor, later ones over earlier ones.
+        row_curve: factors spread evenly over the rows of a picture, linear in between; empty for 1 everywhere.
     """
 
     preset: str = "linear"
     overrides: tuple[tuple[str, float], ...] = ()
+    row_curve: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.preset not in LAYER_PRESETS:
@@ -90,6 +96,13 @@ class LayerWeights:
             for place in hits:
                 factors[place] = LayerFactor(value)
         return factors
+
+    def row_factors(self, count: int) -> Tensor:
+        """What multiplies the weight of each of ``count`` rows: [count] float32."""
+        if not self.row_curve:
+            return torch.ones(count)
+        places = np.linspace(0, len(self.row_curve) - 1, count)
+        return torch.from_numpy(np.interp(places, np.arange(len(self.row_curve)), self.row_curve)).float()
 
     def _preset_factor(self, layer: AttentionLayer, count: int) -> LayerFactor:
         if self.preset in _BY_BLOCK:
@@ -158,6 +171,23 @@ def parse_layer_weights(text: str) -> tuple[tuple[str, float], ...]:
             )
         pairs.append((match[1], value))
     return tuple(pairs)
+
+
+def parse_numbers(text: str, name: str) -> tuple[float, ...]:
+    """Reads numbers separated by commas or lines; ``name`` is the input's, for messages.
+
+    Raises:
+        LunaInputError: an entry is no finite number.
+    """
+    values = []
+    for entry in re.split(r"[,;\n]", text):
+        if not entry.strip():
+            continue
+        value = _number(entry)
+        if value is None:
+            raise LunaInputError(f"{name} holds '{entry.strip()}', which is no number: write for example 1, 0.5, 0.8")
+        values.append(value)
+    return tuple(values)
 
 
 def describe_blocks(layers: Sequence[AttentionLayer]) -> str:

@@ -12,7 +12,7 @@ from ..ip_adapter import LayerWeights, RowEmbeds
 from ..ip_adapter.attention import SCALINGS
 from ..ip_adapter.comfy_encode import check_clip_vision, check_compatible, encode_rows
 from ..ip_adapter.comfy_patch import as_ip_adapter, layers_for, load_ip_adapter, model_supports_anchoring, patch_model
-from ..ip_adapter.layer_weights import LAYER_PRESETS, parse_layer_weights
+from ..ip_adapter.layer_weights import LAYER_PRESETS, parse_layer_weights, parse_numbers
 from .checks import check_image
 from .folders import IP_ADAPTER_FOLDER
 from .schema import IPAdapterType, LunaEmbeds, LunaLayerWeightsType, luna_schema, notice
@@ -147,7 +147,9 @@ class LunaApplyIPAdapter(io.ComfyNode):
             model,
             adapter,
             rows,
-            weight=weight * _row_weights(row_weights, len(rows)),
+            weight=weight
+            * _row_weights(row_weights, len(rows))
+            * (layer_weights or LayerWeights()).row_factors(len(rows)),
             start_percent=start,
             end_percent=end,
             layer_weights=layer_weights,
@@ -177,16 +179,10 @@ def _row_embeds(
 
 
 def _row_weights(text: str, count: int) -> Tensor:
-    entries = [entry for entry in text.replace("\n", ",").split(",") if entry.strip()]
-    if not entries:
-        return torch.ones(count)
-    try:
-        weights = torch.tensor([float(entry) for entry in entries])
-    except ValueError as error:
-        raise LunaInputError(f"row_weights '{text}' is no list of numbers: write for example 1, 0.5, 0.8") from error
-    if len(weights) != count or not weights.isfinite().all():
+    weights = parse_numbers(text, "row_weights")
+    if weights and len(weights) != count:
         raise LunaInputError(f"row_weights holds {len(weights)} numbers for {count} images: give one for each")
-    return weights
+    return torch.tensor(weights) if weights else torch.ones(count)
 
 
 def _row_masks(mask: Tensor | None, count: int) -> Tensor | None:
@@ -205,7 +201,8 @@ class LunaLayerWeights(io.ComfyNode):
             node_id="LunaLayerWeights",
             display_name="Layer Weights (Luna)",
             category=CATEGORY,
-            description="How strongly each block of the model is anchored: a named preset, and single blocks by text.",
+            description="How strongly each block of the model is anchored: a named preset, and single blocks by text. "
+            "Also how the anchor changes from tile to tile.",
             search_aliases=["ipadapter weight type", "style transfer", "composition", "mad scientist"],
             inputs=[
                 io.Combo.Input(
@@ -222,6 +219,13 @@ class LunaLayerWeights(io.ComfyNode):
                     tooltip="block:weight pairs that replace the preset's weight, for example 3:0.5, output.4:1.2, "
                     "middle:0. A number counts the blocks with attention in the order they run.",
                 ),
+                io.String.Input(
+                    "row_curve",
+                    default="",
+                    optional=True,
+                    tooltip="Factors from a picture's first tile or region to its last, spread evenly: with 1, 0.3 the "
+                    "anchor fades on the way. Empty: 1 for all.",
+                ),
             ],
             outputs=[
                 LunaLayerWeightsType.Output("layer_weights", display_name="layer_weights", tooltip="For the refiners.")
@@ -229,8 +233,8 @@ class LunaLayerWeights(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, preset: str, blocks: str) -> io.NodeOutput:
-        return io.NodeOutput(LayerWeights(preset, parse_layer_weights(blocks)))
+    def execute(cls, preset: str, blocks: str, row_curve: str = "") -> io.NodeOutput:
+        return io.NodeOutput(LayerWeights(preset, parse_layer_weights(blocks), parse_numbers(row_curve, "row_curve")))
 
 
 NODES = (LunaIPAdapterLoader, LunaIPAdapterEmbeds, LunaApplyIPAdapter, LunaLayerWeights)

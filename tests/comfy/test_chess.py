@@ -6,6 +6,7 @@ from builders.refining import Studio, counting, photograph
 from luna_refinement.batching.geometry import picture_box
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.errors import LunaInputError
+from luna_refinement.ip_adapter import LayerWeights
 
 TILES = {"tile_size": 64, "min_overlap": 0.125}
 
@@ -17,6 +18,12 @@ def test_a_4k_plan_scaled_down_runs_in_two_sampling_calls(sd15: Studio) -> None:
     assert calls == [2 * 13] * 2 + [2 * 12] * 2
     assert drawing.shape == image.shape
     assert (refined != image).any(-1).float().mean() > 0.99
+
+
+def test_a_pass_that_takes_several_calls_is_split_evenly(sd15: Studio) -> None:
+    model, calls = counting(sd15.model)
+    sd15.chess(photograph(height=256, width=256), model=model, steps=1, chunk_size=12, **TILES)
+    assert calls == [2 * 7, 2 * 6, 2 * 12]
 
 
 def test_another_anchor_changes_only_its_tile_and_what_follows_from_it(sd15: Studio) -> None:
@@ -45,6 +52,17 @@ def test_another_anchor_changes_only_its_tile_and_what_follows_from_it(sd15: Stu
     assert moved[own].any()
     moved[box.y1 : box.y2, box.x1 : box.x2] = False
     assert not moved.any()
+
+
+def test_the_row_curve_weighs_tile_by_tile_in_each_picture(sd15: Studio) -> None:
+    """Four tiles: with 0, 0, 0, 1 only the last even one is anchored, and the odd ones see it."""
+    image = photograph(count=2, height=128, width=128)
+    tiles = {"tile_size": 80, "min_overlap": 0.25, "denoise": 0.6}
+    text = sd15.chess(image, ip_adapter_weight=0.0, **tiles)[0]
+    last = sd15.chess(image, ip_adapter_weight=5.0, layer_weights=LayerWeights(row_curve=(0, 0, 0, 1)), **tiles)[0]
+    assert torch.equal(last[:, :40, :40], text[:, :40, :40])
+    for picture in (0, 1):
+        assert (last[picture, 90:, 90:] - text[picture, 90:, 90:]).abs().max() > 1e-3
 
 
 def test_refined_places_get_less_denoise(sd15: Studio) -> None:

@@ -220,6 +220,30 @@ def test_block_presets_are_refused_on_other_depths() -> None:
         LayerWeights("style transfer").resolve(layers)
 
 
+@pytest.mark.parametrize(
+    ("text", "count", "factors"),
+    [
+        ("", 3, [1, 1, 1]),
+        ("0.5", 2, [0.5, 0.5]),
+        ("1, 0.3", 5, [1, 0.825, 0.65, 0.475, 0.3]),
+        ("0.2\n1, 0.2", 5, [0.2, 0.6, 1, 0.6, 0.2]),
+        ("1, 1; 0, 1, 1", 5, [1, 1, 0, 1, 1]),
+        ("1, 0, 0.5", 2, [1, 0.5]),
+        ("0.7, 0", 1, [0.7]),
+        ("1, 0", 0, []),
+    ],
+)
+def test_the_row_curve_is_spread_over_the_rows(text: str, count: int, factors: list[float]) -> None:
+    weights = LunaLayerWeights.execute("linear", "", text).result[0]
+    assert weights.row_factors(count).tolist() == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("entry", ["much", "nan", "inf", "1:2"])
+def test_a_row_curve_of_words_is_refused(entry: str) -> None:
+    with pytest.raises(LunaInputError, match=f"row_curve holds '{entry}', which is no number"):
+        LunaLayerWeights.execute("linear", "", f"1, {entry}")
+
+
 def test_layer_weights_reach_the_layers() -> None:
     model, given = tiny.unet("sd15"), prompts("sd15")
     none = LayerWeights("none")

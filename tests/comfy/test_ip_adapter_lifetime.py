@@ -15,7 +15,7 @@ from builders import tiny
 from builders.anchored_sampling import ROWS, adapter, anchored, change, embeds, plain_guider, prompts, sample
 from builders.refining import photograph
 from luna_refinement.errors import LunaError, LunaInputError, LunaRuntimeError
-from luna_refinement.ip_adapter import comfy_encode
+from luna_refinement.ip_adapter import LayerWeights, comfy_encode
 from luna_refinement.ip_adapter.attention import AnchoredAttention, RowAnchors
 from luna_refinement.ip_adapter.comfy_encode import check_clip_vision, encode_rows
 from luna_refinement.ip_adapter.comfy_patch import patch_model
@@ -313,14 +313,16 @@ def test_the_apply_node_anchors_and_leaves_its_input_alone() -> None:
     hanging = traces(model)
     patched = LunaApplyIPAdapter.execute(**node_inputs(model, row_weights="1, 0.5\n0")).result[0]
     assert traces(model) == hanging
-    expected = anchored(model, weight=torch.tensor([0.8, 0.4, 0.0]))
-    assert torch.equal(sample(plain_guider(patched, given)), sample(plain_guider(expected, given)))
+    expected = sample(plain_guider(anchored(model, weight=torch.tensor([0.8, 0.4, 0.0])), given))
+    assert torch.equal(sample(plain_guider(patched, given)), expected)
+    fading = LunaApplyIPAdapter.execute(**node_inputs(model, layer_weights=LayerWeights(row_curve=(1, 0)))).result[0]
+    assert torch.equal(sample(plain_guider(fading, given)), expected)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "range": ({"start": 0.8, "end": 0.2}, "start is 0.8 and end 0.2"),
     "count of weights": ({"row_weights": "1, 2"}, "2 numbers for 3 images"),
-    "words": ({"row_weights": "a lot"}, "no list of numbers"),
+    "words": ({"row_weights": "1, a lot, 2"}, "row_weights holds 'a lot', which is no number"),
     "nothing to anchor by": ({"embeds": None}, "connect images and clip_vision, or embeds"),
     "images without encoder": ({"embeds": None, "images": pictures(3)}, "connect images and clip_vision, or embeds"),
     "images and embeds": ({"images": pictures(3)}, "both images and embeds"),

@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=None, help="port of the server (default: any free one)")
     arguments = parser.parse_args()
 
-    graph = workflow("semantic_detailer", crop_size=320, steps=4, denoise=0.25, feather=12)
+    graph = workflow("semantic_detailer", crop_size=448, steps=3, denoise=0.25, feather=12)
     titles = {key: node["_meta"]["title"] for key, node in graph.items()}
     print("Starting ComfyUI …")
     try:

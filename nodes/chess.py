@@ -13,6 +13,7 @@ from ..batching.grid import TileSettings, plan_tiles
 from ..batching.refine import PasteSettings, refine
 from ..batching.upscale import scale_image
 from ..errors import LunaInputError
+from ..sam3_bridge.detections import same_aspect
 from .anchors import anchor_inputs, choose_anchor
 from .checks import check_image, check_models, check_scaffold
 from .refiner_inputs import (
@@ -186,7 +187,7 @@ def _denoise_share(mask: Tensor | None, strength: float, image: Tensor) -> Tenso
         raise LunaInputError(
             f"refined_mask has shape {list(mask.shape)} for {count} picture(s): connect one mask, or one per picture"
         )
-    if abs(mask.shape[2] * height - mask.shape[1] * width) > max(height, width):
+    if not same_aspect(mask.shape[2], mask.shape[1], width, height):
         raise LunaInputError(
             f"refined_mask is {mask.shape[2]}x{mask.shape[1]} px, image {width}x{height} px: "
             "their aspect differs, use the mask of this very picture"

@@ -14,7 +14,10 @@ BoxPx = tuple[float, float, float, float]
 """x1, y1, x2, y2 in px, fractional; px k reaches from k to k + 1."""
 
 ASPECT_TOLERANCE = 0.02
-"""How far two sizes may differ in aspect and still be one picture: as much as rounding sides to multiples of 64 px."""
+"""How far two sizes may differ in aspect and still be one picture."""
+
+ROUNDED_PX, ROUNDED_MOST = 32, 0.08
+"""How far sides may be off by rounding them to multiples of 64 px: in px, and as the aspect it makes."""
 
 VISIBLE = 0.5 / 255
 """Mask values below half an 8-bit level are resampling noise, not mask."""
@@ -184,10 +187,20 @@ def check_mask(mask: Tensor, name: str) -> None:
 
 
 def same_aspect(width: int, height: int, other_width: int, other_height: int) -> bool:
-    """Whether two sizes (px) are one picture at two scales, up to rounding of the sides."""
-    across, down = other_width / width, other_height / height
-    allowed = ASPECT_TOLERANCE + 0.5 / min(width, other_width) + 0.5 / min(height, other_height)
-    return abs(across / down - 1) <= allowed
+    """Whether two sizes (px) are one picture at two scales, up to rounding of the sides of either."""
+    off = abs(other_width * height / (width * other_height) - 1)
+    if off <= ASPECT_TOLERANCE + 0.5 / min(width, other_width) + 0.5 / min(height, other_height):
+        return True
+    return off <= ROUNDED_MOST and (
+        _is_rounded(width, height, other_width, other_height) or _is_rounded(other_width, other_height, width, height)
+    )
+
+
+def _is_rounded(width: int, height: int, rounded_width: int, rounded_height: int) -> bool:
+    """Whether some scale brings the first size to within ROUNDED_PX of the second."""
+    low = max((rounded_width - ROUNDED_PX) / width, (rounded_height - ROUNDED_PX) / height)
+    high = min((rounded_width + ROUNDED_PX) / width, (rounded_height + ROUNDED_PX) / height)
+    return low <= high
 
 
 def outward_px(box: BoxPx, width: int, height: int) -> tuple[int, int, int, int]:
@@ -211,25 +224,34 @@ def rasterise(detection: Detection, window: tuple[int, int, int, int]) -> Tensor
     """
     x1, y1, x2, y2 = detection.box
     left, top, right, bottom = window
-    rows, row_share = _axis_weights(y1, y2, top, bottom, 1 if detection.mask is None else detection.mask.shape[0])
-    columns, column_share = _axis_weights(x1, x2, left, right, 1 if detection.mask is None else detection.mask.shape[1])
-    share = row_share[:, None] * column_share[None, :]
+    share = _covered(y1, y2, top, bottom)[:, None] * _covered(x1, x2, left, right)[None, :]
     if detection.mask is None:
         return share
-    drawn = rows @ detection.mask.to(device="cpu", dtype=torch.float32) @ columns.T
-    return drawn.clamp(0, 1) * share
+    mask = detection.mask.to(device="cpu", dtype=torch.float32)
+    drawn = _resample_rows(mask, y1, y2, top, bottom)
+    drawn = _resample_rows(drawn.T, x1, x2, left, right).T
+    return drawn.clamp(0, 1).mul_(share)
 
 
-def _axis_weights(start: float, stop: float, first: int, last: int, texels: int) -> tuple[Tensor, Tensor]:
-    """How px ``first..last-1`` read ``texels`` texels that span ``start..stop``.
-
-    Returns:
-        [last-first, texels] weights whose rows sum to 1, and [last-first], the share of each px inside the span.
-    """
+def _covered(start: float, stop: float, first: int, last: int) -> Tensor:
+    """[last-first]: the share of each px ``first..last-1`` inside the span."""
     px = torch.arange(first, last, dtype=torch.float64)
-    share = ((px + 1).clamp(max=stop) - px.clamp(min=start)).clamp(0, 1).float()
+    return ((px + 1).clamp(max=stop) - px.clamp(min=start)).clamp(0, 1).float()
+
+
+def _resample_rows(mask: Tensor, start: float, stop: float, first: int, last: int) -> Tensor:
+    """Reads the rows of a mask [h,w], which span ``start..stop``, at px ``first..last-1``: [last-first,w]."""
+    texels = mask.shape[0]
     per_px = texels / (stop - start)
-    centres = ((px + 0.5 - start) * per_px - 0.5).clamp(0, texels - 1)
-    distance = (centres[:, None] - torch.arange(texels, dtype=torch.float64)[None, :]).abs()
-    weights = (1 - distance / max(1.0, per_px)).clamp(min=0)
-    return (weights / weights.sum(dim=1, keepdim=True)).float(), share
+    reach = max(1.0, per_px)
+    px = torch.arange(first, last, dtype=torch.float64) + 0.5
+    centres = ((px - start) * per_px - 0.5).clamp(0, texels - 1)
+    nearest = (centres - reach).floor().long() + 1
+    taps = nearest[:, None] + torch.arange(math.ceil(2 * reach))
+    weights = (1 - (centres[:, None] - taps).abs() / reach).clamp(min=0).masked_fill((taps < 0) | (taps >= texels), 0)
+    weights = (weights / weights.sum(dim=1, keepdim=True)).float()
+    drawn = torch.zeros(last - first, mask.shape[1])
+    for tap, weight in zip(taps.clamp(0, texels - 1).T, weights.T, strict=True):
+        if weight.any():
+            drawn.addcmul_(mask.index_select(0, tap), weight[:, None])
+    return drawn

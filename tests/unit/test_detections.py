@@ -5,8 +5,9 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from luna_refinement.batching.upscale import fitted_size
 from luna_refinement.errors import LunaInputError
 from luna_refinement.sam3_bridge.detections import Detection, Detections, outward_px, rasterise, same_aspect
 from luna_refinement.sam3_bridge.preview import union_masks
@@ -92,6 +93,40 @@ def test_mask_at_its_own_resolution_is_unchanged() -> None:
     assert float(drawn.sum()) == pytest.approx(float(mask.sum()), rel=1e-5)
 
 
+def test_a_full_mask_at_4k_draws_in_its_own_memory_and_time() -> None:
+    """A dense product of px and texels would be seconds."""
+    mask = torch.rand(SIDE, SIDE)
+    item = Detection(0, (0, 0, SIDE, SIDE), mask)
+    start = time.process_time()
+    drawn = rasterise(item, (0, 0, SIDE, SIDE))
+    assert time.process_time() - start < 2
+    assert torch.equal(drawn, mask)
+    start = time.process_time()
+    half = rasterise(Detection(0, (0, 0, SIDE // 2, SIDE // 2), mask), (0, 0, SIDE // 2, SIDE // 2))
+    assert time.process_time() - start < 2
+    assert float((half - mask.view(SIDE // 2, 2, SIDE // 2, 2).mean((1, 3))).abs().mean()) < 0.2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 60), st.integers(1, 60))
+def test_masks_are_read_through_triangles(data: st.DataObject, high: int, wide: int) -> None:
+    """Against the dense product of the definition."""
+    box = data.draw(boxes(100, 90))
+    mask = torch.rand(high, wide, generator=torch.Generator().manual_seed(high * 61 + wide))
+    wanted = triangles(box[1], box[3], 90, high) @ mask.double() @ triangles(box[0], box[2], 100, wide).T
+    drawn = rasterise(Detection(0, box, mask), (0, 0, 100, 90))
+    inside = rasterise(Detection(0, box), (0, 0, 100, 90))
+    assert float((drawn - wanted * inside).abs().max()) < 1e-5
+
+
+def triangles(start: float, stop: float, px: int, texels: int) -> torch.Tensor:
+    """[px, texels]: how each px reads texels that span start..stop."""
+    per_px = texels / (stop - start)
+    centres = ((torch.arange(px).double() + 0.5 - start) * per_px - 0.5).clamp(0, texels - 1)
+    weights = (1 - (centres[:, None] - torch.arange(texels).double()).abs() / max(1.0, per_px)).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
 def test_a_window_sees_the_same_px_as_the_whole_picture() -> None:
     item = Detection(0, (10.3, 12.6, 50.2, 61.9), torch.rand(9, 13))
     whole = rasterise(item, (0, 0, 80, 80))
@@ -101,6 +136,25 @@ def test_a_window_sees_the_same_px_as_the_whole_picture() -> None:
 @pytest.mark.parametrize(("width", "height"), [(4096, 3072), (512, 384), (1000, 750)])
 def test_same_aspect_is_one_picture(width: int, height: int) -> None:
     assert same_aspect(1024, 768, width, height)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(256, 4096),
+    st.integers(256, 4096),
+    st.integers(512, 8192),
+    st.sampled_from([8, 32, 64]),
+)
+def test_a_picture_rounded_by_prep_upscale_is_still_that_picture(w: int, h: int, longer: int, multiple: int) -> None:
+    assume(min(w, h) / max(w, h) * longer >= 256)
+    size = fitted_size(w, h, longer, multiple)
+    assert same_aspect(w, h, *size)
+    assert same_aspect(*size, w, h)
+
+
+@pytest.mark.parametrize("other", [(512, 576), (576, 512), (1024, 1152), (64, 72), (2048, 2230)])
+def test_a_tenth_more_on_one_side_is_another_picture(other: tuple[int, int]) -> None:
+    assert not same_aspect(512, 512, *other)
 
 
 def test_another_aspect_names_both_sizes() -> None:

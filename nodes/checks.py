@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..sam3_bridge.detections import Detections
 
 
 def check_image(image: Tensor, name: str = "image") -> None:
@@ -72,3 +73,18 @@ def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | Non
             f"[1 or {count}, {wanted[0]}, {wanted[1]}, {wanted[2]}]: connect image and this vae to Luna Noise Scaffold"
         )
     return samples
+
+
+def fitted(detections: Detections, image: Tensor) -> Detections:
+    """The detections at the size of a checked picture batch [B,H,W,C].
+
+    Raises:
+        LunaInputError: they were made on other pictures: another number or another aspect.
+    """
+    count, height, width, _ = image.shape
+    if detections.image_count != count:
+        raise LunaInputError(
+            f"detections were made on {detections.image_count} picture(s), image holds {count}: "
+            "detect on this very batch (SEGS know only one picture)"
+        )
+    return detections.scaled_to(width, height)

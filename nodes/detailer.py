@@ -14,7 +14,7 @@ from ..batching.crops import cut, resample
 from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
 from ..batching.refine import PasteSettings, refine
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_image, check_models, check_scaffold
+from .checks import check_image, check_models, check_scaffold, fitted
 from .refiner_inputs import (
     choose_recipe,
     color_match_input,
@@ -158,7 +158,7 @@ class LunaSemanticDetailer(io.ComfyNode):
         count, height, width, _ = image.shape
         settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
         crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode)
-        found = detections.scaled_to(width, height)
+        found = fitted(detections, image)
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
             return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))

@@ -6,11 +6,10 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
 from ..sam3_bridge.preview import draw_detections, single_masks, union_masks
 from ..sam3_bridge.select import KEEPS, ORDERS, Selection, combine, parse_labels, select
-from .checks import check_image
+from .checks import check_image, fitted
 from .detections import CATEGORY, detections_output
 from .schema import LunaDetections, luna_schema, notice
 
@@ -18,21 +17,6 @@ COMBINED = 6
 """Sockets of Combine; more are reached by chaining."""
 
 PER_PICTURE, PER_DETECTION = "one per picture", "one per detection"
-
-
-def fitted(detections: Detections, image: Tensor) -> Detections:
-    """The detections at the size of a checked picture batch [B,H,W,C].
-
-    Raises:
-        LunaInputError: they were made on other pictures: another number or another aspect.
-    """
-    count, height, width, _ = image.shape
-    if detections.image_count != count:
-        raise LunaInputError(
-            f"detections were made on {detections.image_count} picture(s), image holds {count}: "
-            "connect the image they were made on"
-        )
-    return detections.scaled_to(width, height)
 
 
 class LunaDetectionsFilter(io.ComfyNode):

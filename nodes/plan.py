@@ -9,7 +9,7 @@ from ..batching.comfy_sampling import row_bytes, rows_that_fit
 from ..batching.drawing import describe, draw_plan
 from ..batching.grid import TILE_ORDERS, TileSettings, plan_tiles
 from ..batching.plan import MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
-from .checks import check_image, check_models
+from .checks import check_image, check_models, fitted
 from .chess import tile_inputs
 from .schema import LunaDetections, luna_schema
 
@@ -91,7 +91,7 @@ class LunaRefinePlan(io.ComfyNode):
         else:
             check_models(model, vae, crop_size)
             crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode)
-            plan = plan_detections(detections.scaled_to(width, height).items, width, height, count, crops, seed=0)
+            plan = plan_detections(fitted(detections, image).items, width, height, count, crops, seed=0)
         summary = _summary(plan, model, vae, steps, chunk_size)
         return io.NodeOutput(draw_plan(image, plan), summary, ui={"text": (summary,)})
 

@@ -54,6 +54,12 @@ def test_wrong_settings_are_refused(sd15: Studio, match: str, settings: dict[str
     refused(sd15, match, **settings)
 
 
+@pytest.mark.parametrize(("made_on", "given"), [(1, 2), (3, 1)])
+def test_detections_of_another_number_of_pictures_are_refused(sd15: Studio, made_on: int, given: int) -> None:
+    found = detections(photograph(made_on))
+    refused(sd15, rf"detections were made on {made_on} picture\(s\), image holds {given}", photograph(given), found)
+
+
 def test_pictures_that_are_none_are_refused(sd15: Studio) -> None:
     nan = photograph()
     nan[0, 5, 5, 1] = float("nan")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from .detections import BoxPx, Detection, Detections, check_box, check_score, outward_px, rasterise
-from .from_masks import crop_mask, visible_box
+from .from_masks import RANGE_SLACK, crop_mask, visible_box
 
 WindowPx = tuple[int, int, int, int]
 Segs = tuple[tuple[int, int], list[Any]]
@@ -162,9 +162,9 @@ def _mask(given: Any, region: WindowPx, name: str) -> Tensor:
         )
     scale = 1.0 if mask.is_floating_point() or mask.dtype == torch.bool else 255.0
     mask = mask.detach().to(device="cpu", dtype=torch.float32) / scale
-    if not bool(((mask >= 0) & (mask <= 1)).all()):
+    if not bool(((mask >= -RANGE_SLACK) & (mask <= 1 + RANGE_SLACK)).all()):
         raise LunaInputError(f"{name}: cropped_mask holds values outside 0..1")
-    return mask
+    return mask.clamp(0, 1)
 
 
 def _numbers(given: Any, name: str) -> BoxPx:

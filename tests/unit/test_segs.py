@@ -82,6 +82,15 @@ def test_masks_of_every_kind_are_read(mask: Any) -> None:
     assert bool((item.mask == 1).all())
 
 
+@pytest.mark.parametrize("overshoot", [2e-6, 9e-4])
+def test_what_a_blur_overshoots_is_clamped(overshoot: float) -> None:
+    mask = torch.full((70, 80), 1 + overshoot)
+    mask[:, :40] = -overshoot
+    (item,) = from_segs((SIZE, [seg(cropped_mask=mask)]))[0]
+    assert item.mask is not None
+    assert set(item.mask.unique().tolist()) <= {0.0, 1.0}
+
+
 def test_at_another_size_the_place_is_scaled_and_the_rest_kept() -> None:
     given = seg()
     (back,) = to_segs(from_segs((SIZE, [given]))[0].scaled_to(400, 200), crop_factor=2.0)[1]

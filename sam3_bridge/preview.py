@@ -1,6 +1,8 @@
 """Detections as pictures: one mask for a picture or for each detection, and a drawing with boxes, labels and scores."""
 
 import colorsys
+from contextlib import suppress
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -12,6 +14,17 @@ from .detections import Detection, Detections, outward_px, rasterise
 
 FILL = 0.4
 """How much of its colour a mask puts over the picture."""
+
+SYSTEM_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "arial.ttf",
+    "msyh.ttc",
+    "msgothic.ttc",
+    "malgun.ttf",
+    "Arial Unicode.ttf",
+)
+"""Fonts of Linux, Windows and macOS for letters that Pillow's own font lacks; those not installed are skipped."""
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -71,11 +84,11 @@ def _draw_one(picture: Tensor, items: list[tuple[int, Detection]]) -> Tensor:
         _tint(tinted, item, torch.tensor(row_colour(row)) / 255, stroke)
     drawn = Image.fromarray((tinted * 255).round().to(torch.uint8).numpy())
     draw = ImageDraw.Draw(drawn)
-    font = ImageFont.load_default(size=max(12, longer / 48))
+    size = max(12.0, longer / 48)
     for row, item in items:
         draw.rectangle(_inside(item, width, height), outline=row_colour(row), width=stroke)
     for row, item in items:  # after all boxes, so that no box crosses a label
-        _draw_tag(draw, row, item, font, stroke, width, height)
+        _draw_tag(draw, row, item, size, stroke, width, height)
     return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
 
 
@@ -103,10 +116,11 @@ def _inside(item: Detection, width: int, height: int) -> tuple[int, int, int, in
 
 
 def _draw_tag(
-    draw: ImageDraw.ImageDraw, row: int, item: Detection, font: Font, stroke: int, width: int, height: int
+    draw: ImageDraw.ImageDraw, row: int, item: Detection, size: float, stroke: int, width: int, height: int
 ) -> None:
     """Row number, label and score on a plate of the row's colour: on top of the box, or inside for lack of room."""
-    text = " ".join(part for part in (str(row), item.label, f"{item.score:.2f}") if part)
+    font, label = _legible(item.label, size)
+    text = " ".join(part for part in (str(row), label, f"{item.score:.2f}") if part)
     margin = 2 * stroke + 1
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     plate_width, plate_height = right - left + 2 * margin, bottom - top + 2 * margin
@@ -115,3 +129,26 @@ def _draw_tag(
     y = y1 - plate_height if y1 >= plate_height else min(y1, max(0, height - plate_height))
     draw.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=row_colour(row))
     draw.text((x + margin - left, y + margin - top), text, fill=(16, 16, 20), font=font)
+
+
+def _legible(label: str, size: float) -> tuple[Font, str]:
+    """A font that has every letter of a label; where there is none, Pillow's own and the letters it has."""
+    fonts = _fonts(size)
+    for font in fonts:
+        if all(_has(font, letter) for letter in label):
+            return font, label
+    return fonts[0], "".join(letter for letter in label if _has(fonts[0], letter)).strip()
+
+
+@lru_cache(maxsize=8)
+def _fonts(size: float) -> tuple[Font, ...]:
+    fonts: list[Font] = [ImageFont.load_default(size=size)]
+    for name in SYSTEM_FONTS:
+        with suppress(OSError):  # not installed here
+            fonts.append(ImageFont.truetype(name, size))
+    return tuple(fonts)
+
+
+def _has(font: Font, letter: str) -> bool:
+    """Whether a font draws a letter otherwise than one that no font has."""
+    return bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))

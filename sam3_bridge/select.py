@@ -172,25 +172,27 @@ def mask_iou(one: Detection, other: Detection) -> float:
 def without_overlaps(items: Sequence[Detection], iou: float) -> list[Detection]:
     """Of items that overlap by more than ``iou`` only the one of the highest score (non-maximum suppression).
 
-    Boxes decide who may be the same; masks, where there are any, decide who is: hair around a face shares its box but
-    not its mask.
+    Where one has a mask, masks decide: hair around a face shares its box but not its mask, and one stray px makes a box
+    large but not a mask.
 
     Returns:
         The survivors in their given order.
     """
     if not items:
         return []
-    overlaps = (box_iou(items) > iou).tolist()
+    overlaps = box_iou(items).tolist()
     ranking = sorted(range(len(items)), key=lambda place: -items[place].score)
     kept: list[int] = []
     for place in ranking:
-        if not any(overlaps[place][better] and _same_thing(items[place], items[better], iou) for better in kept):
+        if not any(_is_same(items[place], items[better], overlaps[place][better], iou) for better in kept):
             kept.append(place)
     return [items[place] for place in sorted(kept)]
 
 
-def _same_thing(one: Detection, other: Detection, iou: float) -> bool:
-    return (one.mask is None and other.mask is None) or mask_iou(one, other) > iou
+def _is_same(one: Detection, other: Detection, overlap: float, iou: float) -> bool:
+    if one.mask is None and other.mask is None:
+        return overlap > iou
+    return overlap > 0 and mask_iou(one, other) > iou
 
 
 def _one_of_each(items: Sequence[Detection], keep: Keep, pictures: Detections) -> list[Detection]:

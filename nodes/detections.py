@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
-from ..sam3_bridge.from_boxes import from_boxes, parse_boxes, with_scores
+from ..sam3_bridge.from_boxes import BOX_FORMATS, from_boxes, parse_boxes, with_scores
 from ..sam3_bridge.from_masks import Picture, from_masks
 from .checks import check_image
 from .schema import LunaDetections, luna_schema, notice
@@ -75,11 +75,13 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
                     "boxes_json",
                     default="",
                     multiline=True,
-                    tooltip="Boxes as JSON text in px: [[x1, y1, x2, y2], …], one list per picture for a batch, "
-                    'or {"boxes": …, "scores": …, "labels": …}. Leave empty when bboxes is connected.',
+                    tooltip="Boxes as JSON text in px: [[x1, y1, x2, y2], …], one list for all pictures or one for "
+                    'each, or {"boxes": …, "scores": …, "labels": …}. Leave empty when bboxes is connected.',
                 ),
-                io.Custom("BOUNDING_BOX").Input(
-                    "bboxes", optional=True, tooltip="Boxes as ComfyUI's detector nodes give them, or x1 y1 x2 y2 rows."
+                io.Custom("BOUNDING_BOX,BBOX").Input(
+                    "bboxes",
+                    optional=True,
+                    tooltip="Boxes as ComfyUI's detector nodes give them, or rows of numbers from other packs.",
                 ),
                 io.Mask.Input(
                     "masks", optional=True, tooltip="One mask per box in the same order, or one per picture."
@@ -90,6 +92,13 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
                     optional=True,
                     tooltip="Scores as JSON text, one per box, from nodes that give them apart: [0.93, 0.71]. "
                     "Empty: those the boxes bring.",
+                ),
+                io.Combo.Input(
+                    "box_format",
+                    options=list(BOX_FORMATS),
+                    default=BOX_FORMATS[0],
+                    optional=True,
+                    tooltip="What four bare numbers of a box are. Boxes that name their numbers do not need it.",
                 ),
             ],
             outputs=[detections_output()],
@@ -104,6 +113,7 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
         bboxes: Any = None,
         masks: Tensor | None = None,
         scores_json: str = "",
+        box_format: Any = BOX_FORMATS[0],
     ) -> io.NodeOutput:
         picture = picture_of(image)
         if bboxes is not None and boxes_json.strip():
@@ -111,7 +121,7 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
         if bboxes is None and not boxes_json.strip():
             raise LunaInputError("neither bboxes nor boxes_json is given: connect boxes, or write them as JSON")
         given, name = (boxes_json, "boxes_json") if bboxes is None else (bboxes, "bboxes")
-        boxes = parse_boxes(given, picture.image_count, name)
+        boxes = parse_boxes(given, picture.image_count, name, box_format)
         if scores_json.strip():
             boxes = with_scores(boxes, scores_json)
         return node_output(*from_boxes(boxes, picture, masks, label.strip(), name))

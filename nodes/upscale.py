@@ -22,7 +22,7 @@ class LunaPrepUpscale(io.ComfyNode):
             node_id="LunaPrepUpscale",
             display_name="Prep Upscale (Luna)",
             category="Luna/Refine",
-            description="Brings a picture to an exact size for refinement: with an upscale model first, if there is "
+            description="Brings a picture to a chosen size for refinement: with an upscale model first, if there is "
             "one, then resampled in floating point.",
             search_aliases=["upscale", "resize", "4k", "esrgan"],
             inputs=[
@@ -31,20 +31,25 @@ class LunaPrepUpscale(io.ComfyNode):
                     "upscale_model", optional=True, tooltip="Any upscale model ComfyUI loads; run tile by tile."
                 ),
                 io.Int.Input(
-                    "target_size", default=4096, min=64, max=16384, step=8, tooltip="Longer side of the result in px."
+                    "target_size",
+                    default=4096,
+                    min=64,
+                    max=16384,
+                    step=8,
+                    tooltip="Longer side of the result in px, rounded to multiple_of.",
                 ),
                 io.Combo.Input(
                     "method",
                     options=list(UPSCALE_METHODS),
                     default="lanczos",
-                    tooltip="How the picture is resampled to the exact size. area is for scaling down.",
+                    tooltip="How the picture is resampled to that size. area is for scaling down.",
                 ),
                 io.Int.Input(
                     "multiple_of",
                     default=64,
                     min=1,
                     max=512,
-                    tooltip="Both sides are rounded to a multiple of this; 8 is the least a VAE needs.",
+                    tooltip="Both sides are rounded to a multiple of this; 1 keeps the aspect.",
                 ),
             ],
             outputs=[io.Image.Output("upscaled_image", display_name="image", tooltip="The picture at its new size.")],

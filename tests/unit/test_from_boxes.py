@@ -43,10 +43,14 @@ FACE_AT, HAND_AT, EYE_AT = (10.5, 20, 50.5, 70.25), (100, 5, 130, 25), (150, 60,
         ([], ONE, []),
         ([FACE, HAND], ONE, [(0, FACE_AT, 0.93), (0, HAND_AT, 0.71)]),
         (FACE, ONE, [(0, FACE_AT, 0.93)]),
+        ([FACE, HAND], TWO, [(k, *rest) for k in (0, 1) for rest in ((FACE_AT, 0.93), (HAND_AT, 0.71))]),
+        ([[FACE, HAND]], TWO, [(k, *rest) for k in (0, 1) for rest in ((FACE_AT, 0.93), (HAND_AT, 0.71))]),
+        (FACE, TWO, [(0, FACE_AT, 0.93), (1, FACE_AT, 0.93)]),
+        ([[]], TWO, []),
     ],
 )
 def test_core_sam3_boxes(given: Any, picture: Picture, wanted: list[Any]) -> None:
-    """A list of dicts per frame, one flat list, or a single dict, as SAM3_Detect and its companions give them."""
+    """A list of dicts per frame; one list or one dict means every frame, as core's SAM3 and box nodes have it."""
     assert places(found(given, picture)) == wanted
 
 
@@ -61,6 +65,7 @@ def test_core_sam3_boxes(given: Any, picture: Picture, wanted: list[Any]) -> Non
         "[[10, 20, 30, 40], [50, 60, 70, 80]]",
         '[{"x": 10, "y": 20, "width": 20, "height": 20}, {"x1": 50, "y1": 60, "x2": 70, "y2": 80}]',
         {"boxes": torch.tensor([[10, 20, 30, 40], [50, 60, 70, 80]])},
+        [[np.float32(10), np.int64(20), 30, 40], [50, 60, 70, np.float64(80)]],
     ],
 )
 def test_arrays_and_text_say_the_same(given: Any) -> None:
@@ -103,6 +108,47 @@ def test_union_masks_are_cut_to_each_box() -> None:
     items = found([[FACE, HAND, EYE], [EYE, HAND]], TWO, masks).items
     assert [item.box for item in items] == [(10, 20, 51, 71), HAND_AT, EYE_AT, EYE_AT, HAND_AT]
     assert all(item.mask is not None and bool((item.mask == 1).all()) for item in items)
+
+
+@pytest.mark.parametrize(
+    ("given", "picture"), [([[FACE, HAND], []], TWO), ([[FACE], [], [EYE, HAND]], Picture(200, 100, 3))]
+)
+def test_union_masks_are_told_from_own_ones_though_the_counts_agree(given: Any, picture: Picture) -> None:
+    masks = torch.zeros(picture.image_count, 100, 200)
+    for mask, boxes in zip(masks, given, strict=True):
+        for box in boxes:
+            x, y = round(box["x"]), round(box["y"])
+            mask[y : y + round(box["height"]), x : x + round(box["width"])] = 1
+    items = found(given, picture, masks).items
+    assert len(items) == sum(map(len, given))
+    for item in items:
+        assert item.mask is not None
+        assert float(item.mask.mean()) > 0.9
+
+
+def test_the_mask_of_a_person_is_cut_to_the_one_face() -> None:
+    masks = torch.zeros(1, 100, 200)
+    masks[0, 5:95, 5:90] = 1
+    (item,) = found([[30, 10, 50, 30]], ONE, masks)
+    assert item.box == (30, 10, 50, 30)
+
+
+def test_empty_boxes_are_left_out_with_a_notice_and_keep_the_others_in_step() -> None:
+    boxes = parse_boxes([[0, 0, 0, 0], [10, 20, 30, 40], [5, 5, 5, 9]], 1)
+    masks = torch.zeros(3, 100, 200)
+    masks[1, 22:38, 12:28] = 1
+    detections, notices = from_boxes(with_scores(boxes, "[0.1, 0.5, 0.9]"), ONE, masks)
+    (item,) = detections.items
+    assert (item.box, item.score) == ((10, 20, 30, 40), 0.5)
+    assert item.mask is not None
+    assert float(item.mask.sum()) == 256
+    assert notices == ("bboxes: 2 of 3 boxes are empty and were left out",)
+
+
+def test_rows_of_x_y_width_height_are_read_on_request() -> None:
+    rows = [[10, 20, 30, 40], [1, 2, 3, 4, 0.5]]
+    assert [box.xyxy for box in parse_boxes(rows, 1, box_format="x y width height")] == [(10, 20, 40, 60), (1, 2, 4, 6)]
+    assert [box.xyxy for box in parse_boxes([FACE], 1, box_format="x y width height")] == [FACE_AT]
 
 
 def test_boxes_over_the_edge_are_clipped_with_a_notice() -> None:
@@ -186,6 +232,7 @@ def test_the_node_takes_either_text_or_boxes() -> None:
     assert (scored.score, scored.mask is None) == (0.5, False)
     with pytest.raises(LunaInputError, match=r"boxes_json: box 0.*outside"):
         run(boxes_json="[[300, 2, 303, 4]]")
+    assert run(boxes_json="[[10, 20, 30, 40]]", box_format="x y width height").args[0].items[0].box == (10, 20, 40, 60)
     with pytest.raises(LunaInputError, match="neither bboxes nor boxes_json"):
         run()
     with pytest.raises(LunaInputError, match="both bboxes and boxes_json"):

@@ -1,5 +1,6 @@
 """Whole-picture resampling in floating point, for upscaling before and supersampling after a refinement."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -40,6 +41,7 @@ def fitted_size(width: int, height: int, longer_side: int, multiple_of: int) -> 
     scale = longer_side / max(width, height)
 
     def fitted(side: int) -> int:
-        return max(multiple_of, round(side * scale / multiple_of) * multiple_of)
+        # half up, not to even: both sides must round the same way
+        return max(multiple_of, math.floor(side * scale / multiple_of + 0.5) * multiple_of)
 
     return fitted(width), fitted(height)

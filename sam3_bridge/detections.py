@@ -16,8 +16,8 @@ BoxPx = tuple[float, float, float, float]
 ASPECT_TOLERANCE = 0.02
 """How far two sizes may differ in aspect and still be one picture."""
 
-ROUNDED_PX, ROUNDED_MOST = 32, 0.08
-"""How far sides may be off by rounding them to multiples of 64 px: in px, and as the aspect it makes."""
+ROUNDED_TO, ROUNDED_MOST = 64, 0.08
+"""Sides that are multiples of up to so many px may have been rounded to them; how far the aspect may change by it."""
 
 VISIBLE = 0.5 / 255
 """Mask values below half an 8-bit level are resampling noise, not mask."""
@@ -197,10 +197,11 @@ def same_aspect(width: int, height: int, other_width: int, other_height: int) ->
 
 
 def _is_rounded(width: int, height: int, rounded_width: int, rounded_height: int) -> bool:
-    """Whether some scale brings the first size to within ROUNDED_PX of the second."""
-    low = max((rounded_width - ROUNDED_PX) / width, (rounded_height - ROUNDED_PX) / height)
-    high = min((rounded_width + ROUNDED_PX) / width, (rounded_height + ROUNDED_PX) / height)
-    return low <= high
+    """Whether the second size is the first at some scale, both sides rounded to the multiple they have in common."""
+    slack = math.gcd(rounded_width, rounded_height, ROUNDED_TO) / 2
+    low = max((rounded_width - slack) / width, (rounded_height - slack) / height)
+    high = min((rounded_width + slack) / width, (rounded_height + slack) / height)
+    return low < high
 
 
 def outward_px(box: BoxPx, width: int, height: int) -> tuple[int, int, int, int]:

@@ -138,16 +138,16 @@ def test_same_aspect_is_one_picture(width: int, height: int) -> None:
     assert same_aspect(1024, 768, width, height)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
 @given(
-    st.integers(256, 4096),
-    st.integers(256, 4096),
-    st.integers(512, 8192),
+    st.integers(32, 4096),
+    st.integers(32, 4096),
+    st.integers(7, 128),
     st.sampled_from([8, 32, 64]),
 )
 def test_a_picture_rounded_by_prep_upscale_is_still_that_picture(w: int, h: int, longer: int, multiple: int) -> None:
-    assume(min(w, h) / max(w, h) * longer >= 256)
-    size = fitted_size(w, h, longer, multiple)
+    assume(min(w, h) / max(w, h) * longer * 64 >= 448)  # below, rounding distorts more than can be told from a mistake
+    size = fitted_size(w, h, longer * 64, multiple)
     assert same_aspect(w, h, *size)
     assert same_aspect(*size, w, h)
 

@@ -216,6 +216,9 @@ def sample_rows(
     guider.model_options = model.model_options
     guider.original_conds = {}
     guider.inner_set_conds(conditioning)
+    # As in a KSampler: patches that draw at random, such as token merging, read the global generator. Seeded for each
+    # call, all chunks draw alike.
+    torch.manual_seed(recipe.seed)
     samples = guider.sample(
         noise,
         latents,

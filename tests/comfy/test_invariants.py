@@ -4,6 +4,7 @@ import comfy.model_management
 import pytest
 import torch
 from builders.refining import BOXES, Studio, counting, detections, photograph
+from comfy_extras.nodes_tomesd import TomePatchModel
 from luna_refinement.errors import LunaRuntimeError
 
 BOUND = 1e-4  # of the picture's scale, which is that of the latents divided by the VAE's range
@@ -128,6 +129,16 @@ def test_any_number_of_rows(sd15: Studio, count: int) -> None:
     chunked = sd15.detail(image, detections(image, boxes), steps=2, chunk_size=min(3, count))[3]
     assert len(together) == count
     assert difference(together, chunked) <= BOUND
+
+
+def test_patches_that_draw_at_random_draw_the_same_for_every_run_and_chunk(sd15: Studio) -> None:
+    image = photograph()
+    model = TomePatchModel.execute(sd15.model, 0.3).args[0]
+    torch.manual_seed(1)
+    first = sd15.detail(image, detections(image), model=model)[3]
+    torch.manual_seed(2)
+    assert torch.equal(first, sd15.detail(image, detections(image), model=model)[3])
+    assert difference(first, sd15.detail(image, detections(image), model=model, chunk_size=2)[3]) <= BOUND
 
 
 def test_chess_tiles_do_not_depend_on_chunk_size(sd15: Studio) -> None:

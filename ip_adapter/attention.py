@@ -4,7 +4,7 @@ out = attention(q, k, v) + weight[i] * attention(q, k_ip[i], v_ip[i])      (Ye e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -37,15 +37,23 @@ class AnchorOptions:
     Attributes:
         weights: [N], strength of each row's anchor.
         scaling: what the weight multiplies.
-        sigma_start, sigma_end: noise levels between which anchors act (start is the larger).
+        start_percent, end_percent: part of the model's whole schedule in which anchors act, 0..1.
+        sigma_start, sigma_end: noise levels of that part (start is the larger), see ``for_schedule``.
         masks: [N,H,W] in 0..1, where in each row's picture the anchor acts, or None for everywhere.
     """
 
     weights: Tensor
     scaling: Scaling = "V only"
+    start_percent: float = 0.0
+    end_percent: float = 1.0
     sigma_start: float = float("inf")
     sigma_end: float = 0.0
     masks: Tensor | None = None
+
+    def for_schedule(self, model_sampling: Any) -> "AnchorOptions":
+        """With the noise levels that start and end are in ComfyUI's ``model_sampling``."""
+        start, end = (float(model_sampling.percent_to_sigma(p)) for p in (self.start_percent, self.end_percent))
+        return replace(self, sigma_start=start, sigma_end=end)
 
     @property
     def acts_always(self) -> bool:
@@ -119,13 +127,7 @@ class RowAnchors:
         Raises:
             LunaRuntimeError: the call does not hold a whole number of times as many rows as there are embeddings.
         """
-        roles = self._roles_of(options["cond_or_uncond"])
-        if q.shape[0] != len(roles) * len(self.embeds):
-            raise LunaRuntimeError(
-                f"ip_adapter: {len(self.embeds)} image embeds for {q.shape[0] // len(roles)} latents: every latent "
-                "needs its own embed. Give as many images as the latent batch holds, and use no node that samples "
-                "parts of the batch (context windows)"
-            )
+        roles = self._roles_of(self._entries(q, options))
         place = (layer, roles, q.dtype, q.device)
         if place not in self._arranged:
             self._arranged[place] = self._make(layer, roles, swapped, factor, q)
@@ -146,13 +148,43 @@ class RowAnchors:
                 "ip_adapter masks do not work together with conditioning for an area of the picture: "
                 "use mask conditioning instead of area conditioning, or leave out the ip_adapter mask"
             )
-        rows, columns = token_grid(height, width, q.shape[1])
-        place = ("mask", rows, columns, len(options["cond_or_uncond"]), q.dtype, q.device)
+        rows, columns = options["activations_shape"][-2:] if "activations_shape" in options else (0, 0)
+        if rows * columns != q.shape[1]:
+            rows, columns = token_grid(height, width, q.shape[1])
+        entries = len(self._entries(q, options))
+        place = ("mask", rows, columns, entries, q.dtype, q.device)
         if place not in self._arranged:
             small = F.interpolate(masks[:, None].float(), size=(rows, columns), mode="bilinear", antialias=True)
-            small = small.flatten(1).repeat(len(options["cond_or_uncond"]), 1)[..., None]
+            small = small.flatten(1).repeat(entries, 1)[..., None]
             self._arranged[place] = small.to(device=q.device, dtype=q.dtype)
         return self._arranged[place]
+
+    def _entries(self, q: Tensor, options: Options) -> list[int]:
+        """Which list of prompts each share of the rows belongs to.
+
+        Nodes of the Attention Couple kind repeat rows inside the attention, and leave the entries that result in a list
+        of their own, under names such as "cond_or_uncond_couple".
+
+        Raises:
+            LunaRuntimeError: the call does not hold a whole number of times as many rows as there are embeddings.
+        """
+        given, count = options["cond_or_uncond"], len(self.embeds)
+        if q.shape[0] == len(given) * count:
+            return given
+        for name, entries in options.items():
+            is_map = isinstance(name, str) and "cond_or_uncond" in name and isinstance(entries, list)
+            if is_map and q.shape[0] == len(entries) * count:
+                return entries
+        if options.get("original_shape", (0,))[0] == len(given) * count:
+            raise LunaRuntimeError(
+                f"ip_adapter: a node on model turns {len(given) * count} rows into {q.shape[0]} inside the attention, "
+                "so it cannot be told which row is whose: use either that node or ip_adapter"
+            )
+        raise LunaRuntimeError(
+            f"ip_adapter: {count} image embeds for {q.shape[0] // len(given)} latents: every latent "
+            "needs its own embed. Give as many images as the latent batch holds, and use no node that samples "
+            "parts of the batch (context windows)"
+        )
 
     def _roles_of(self, cond_or_uncond: list[int]) -> tuple[bool, ...]:
         if self.roles is None:

@@ -109,7 +109,7 @@ def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbe
         if memory.nothing is None:
             memory.nothing = _project(adapter, _encode_nothing(clip_vision, adapter))
     found = [row for digest in digests if (row := rows[digest]) is not None]
-    return RowEmbeds(torch.stack(found), memory.nothing)
+    return RowEmbeds(torch.stack(found), memory.nothing, adapter.projection)
 
 
 def _digest(image: Tensor) -> bytes:

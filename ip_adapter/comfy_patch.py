@@ -1,5 +1,6 @@
 """IP-Adapters on ComfyUI: files as managed models, and the patch that anchors every row of a batch."""
 
+import hashlib
 import inspect
 import pickle
 import weakref
@@ -41,11 +42,13 @@ class IPAdapter:
         name: of the file.
         layout: variant and sizes.
         patcher: ModelPatcher around an ``AdapterNetwork``.
+        projection: digest of the image projection, which tells the embeds of one adapter from those of another.
     """
 
     name: str
     layout: AdapterLayout
     patcher: Any
+    projection: bytes = b""
 
     @property
     def network(self) -> AdapterNetwork:
@@ -133,7 +136,17 @@ def _from_weights(weights: AdapterWeights) -> IPAdapter:
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    return IPAdapter(weights.name, layout, patcher)
+    return IPAdapter(weights.name, layout, patcher, _projection_digest(weights))
+
+
+def _projection_digest(weights: AdapterWeights) -> bytes:
+    """From the names and the small weights (norms and biases), which no two trainings share."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in sorted(weights.image_proj.items()):
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        if value.ndim == 1:
+            digest.update(value.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 def model_supports_anchoring(model: Any) -> bool:
@@ -198,10 +211,10 @@ def patch_model(
     options = AnchorOptions(
         weights=torch.as_tensor(weight, dtype=torch.float32).expand(len(embeds)),
         scaling=scaling,
-        sigma_start=float(sampling.percent_to_sigma(start_percent)),
-        sigma_end=float(sampling.percent_to_sigma(end_percent)),
+        start_percent=start_percent,
+        end_percent=end_percent,
         masks=row_masks,
-    )
+    ).for_schedule(sampling)
     anchors = RowAnchors(embeds, options, adapter.key_values)
     patched = model.clone()
     for pair, (layer, factor) in enumerate(zip(layers, factors, strict=True)):
@@ -235,7 +248,10 @@ def _prepare_for(anchors: RowAnchors) -> Callable[..., Any]:
             )
         try:
             anchors.prepare()
-            with _during(anchors, guider=executor.class_obj, latent_size=(noise.shape[-2], noise.shape[-1])):
+            guider = executor.class_obj
+            # a node after Luna's may have changed the schedule, and with it the noise levels of the range
+            options = anchors.options.for_schedule(guider.model_patcher.get_model_object("model_sampling"))
+            with _during(anchors, guider=guider, options=options):
                 return executor(noise, *args, **kwargs)
         finally:
             anchors.release()
@@ -258,16 +274,22 @@ def _roles_for(anchors: RowAnchors) -> Callable[..., Any]:
         executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: Any
     ) -> Any:
         roles = _roles(getattr(anchors.guider, "conds", {}), conds)
-        with _during(anchors, roles=roles, block_replacements=_replacements(model_options)):
+        size = (x.shape[-2], x.shape[-1])  # some samplers change it on the way
+        replacements = _replacements(model_options)
+        with _during(anchors, roles=roles, latent_size=size, block_replacements=replacements):
             return executor(model, conds, x, timestep, model_options)
 
     return calc_cond_batch
 
 
 def _roles(by_name: Mapping[str, Any], conds: Sequence[Any]) -> tuple[bool, ...]:
-    """For each list of prompts whether pictures anchor it; a list the guider does not know goes by its place."""
+    """For each list of prompts whether pictures anchor it; a list the guider does not know goes by its place.
+
+    On its own, a list that is not the guider's is one that a node on the model brought along: an empty prompt.
+    """
     known = {id(entry): name not in _NEGATIVE for name, entry in by_name.items()}
-    return tuple(known.get(id(entry), place == 0) for place, entry in enumerate(conds))
+    is_first_positive = len(conds) > 1 or "positive" not in by_name
+    return tuple(known.get(id(entry), place == 0 and is_first_positive) for place, entry in enumerate(conds))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Image embeddings, one per row of the batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class RowEmbeds:
     Attributes:
         cond: [N,T,D] image tokens of each row.
         uncond: [1,T,D] image tokens of no picture, or [N,T,D] of a negative picture for each row.
+        projection: digest of the image projection that made them; None when unknown.
 
     Raises:
         LunaInputError: the shapes do not fit together.
@@ -23,6 +24,7 @@ class RowEmbeds:
 
     cond: Tensor
     uncond: Tensor
+    projection: bytes | None = None
 
     def __post_init__(self) -> None:
         fits = self.cond.ndim == self.uncond.ndim == 3 and self.cond.shape[1:] == self.uncond.shape[1:]
@@ -38,17 +40,17 @@ class RowEmbeds:
     def rows(self, start: int, stop: int) -> "RowEmbeds":
         """The embeddings of rows start..stop-1."""
         uncond = self.uncond if self.uncond.shape[0] == 1 else self.uncond[start:stop]
-        return RowEmbeds(self.cond[start:stop], uncond)
+        return replace(self, cond=self.cond[start:stop], uncond=uncond)
 
     def take(self, places: Sequence[int]) -> "RowEmbeds":
         """The embeddings of the rows at these positions."""
         uncond = self.uncond if self.uncond.shape[0] == 1 else self.uncond[list(places)]
-        return RowEmbeds(self.cond[list(places)], uncond)
+        return replace(self, cond=self.cond[list(places)], uncond=uncond)
 
     @staticmethod
     def concat(parts: Sequence["RowEmbeds"]) -> "RowEmbeds":
         """The rows of all parts, in order."""
         cond = torch.cat([part.cond for part in parts])
         if all(part.uncond.shape[0] == 1 and torch.equal(part.uncond, parts[0].uncond) for part in parts):
-            return RowEmbeds(cond, parts[0].uncond)
-        return RowEmbeds(cond, torch.cat([part.uncond.expand(len(part), -1, -1) for part in parts]))
+            return replace(parts[0], cond=cond)
+        return replace(parts[0], cond=cond, uncond=torch.cat([part.uncond.expand(len(part), -1, -1) for part in parts]))

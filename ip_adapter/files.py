@@ -15,6 +15,7 @@ StateDict = dict[str, Tensor]
 _PREFIXES = {"image_proj.": "image_proj", "ip_adapter.": "ip_adapter", "adapter_modules.": "ip_adapter"}
 _RESAMPLER_HEAD_DIM = 64
 _FULL_FACE_TOKENS = 257
+_FACE_IDENTITY = 512
 _MODELS = {768: "SD1.5", 2048: "SDXL"}
 
 
@@ -101,7 +102,7 @@ def read_layout(weights: AdapterWeights) -> AdapterLayout:
     numbers, inner_dims, cross_dim = _pairs(weights)
     projection = weights.image_proj
     _check_width(weights, cross_dim)
-    if "latents" in projection:
+    if "latents" in projection and "layers.0.0.to_q.weight" in projection:
         clip_dim, tokens = _size(weights, "proj_in.weight", 1), projection["latents"].shape[1]
         return AdapterLayout("plus", clip_dim, cross_dim, tokens, numbers, inner_dims)
     if "proj.3.weight" in projection:
@@ -112,7 +113,8 @@ def read_layout(weights: AdapterWeights) -> AdapterLayout:
         return AdapterLayout("plain", clip_dim, cross_dim, rows // cross_dim, numbers, inner_dims)
     raise LunaInputError(
         f"ip_adapter_file '{weights.name}' has an image projection Luna does not know "
-        f"({', '.join(sorted(projection)[:4])}, …): use a plain, plus, plus-face, full-face or composition adapter"
+        f"({', '.join(sorted(projection)[:4])}, …): use a plain, plus, plus-face, full-face or composition "
+        "adapter for SD1.5 or SDXL"
     )
 
 
@@ -135,6 +137,12 @@ def _refuse_unsupported(weights: AdapterWeights) -> None:
             f"ip_adapter_file '{weights.name}' is a FaceID adapter, which is not supported because it needs a face "
             "identity network and a LoRA besides CLIP vision: use a plus-face or full-face adapter"
         )
+    if "latents" in projection and _width_in(projection) == _FACE_IDENTITY:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' reads face identity embeds {_FACE_IDENTITY} wide (InstantID and its "
+            "kin), which is not supported because it needs a face identity network: use a plus-face or full-face "
+            "adapter"
+        )
     if "proj.2.weight" in projection and "proj.3.weight" not in projection:
         raise LunaInputError(
             f"ip_adapter_file '{weights.name}' is a FaceID portrait adapter, which is not supported because it reads "
@@ -146,6 +154,11 @@ def _refuse_unsupported(weights: AdapterWeights) -> None:
             f"ip_adapter_file '{weights.name}' is a Kolors adapter, which is not supported because Kolors has its own "
             "text encoder and 336 px image encoder: use an SDXL or SD1.5 adapter with its model"
         )
+
+
+def _width_in(projection: StateDict) -> int:
+    weight = projection.get("proj_in.weight")
+    return 0 if weight is None or weight.ndim != 2 else weight.shape[1]
 
 
 def _pairs(weights: AdapterWeights) -> tuple[tuple[int, ...], tuple[int, ...], int]:

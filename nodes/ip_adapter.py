@@ -170,6 +170,11 @@ def _row_embeds(
                 f"embeds are {embeds.cond.shape[2]} wide, ip_adapter '{adapter.name}' has {adapter.layout.cross_dim}: "
                 "make them with this adapter"
             )
+        if embeds.projection not in (None, adapter.projection):
+            raise LunaInputError(
+                f"embeds were made with another adapter than ip_adapter '{adapter.name}', whose attention does not "
+                "read them: connect this adapter to IP-Adapter Embeds"
+            )
         return embeds
     if images is None or clip_vision is None:
         raise LunaInputError("connect images and clip_vision, or embeds: there is nothing to anchor rows by")

@@ -350,3 +350,6 @@ def test_embeds_of_the_node_are_those_of_the_images(tmp_path: Path) -> None:
     from_images = node_inputs(model, ip_adapter=ip_adapter, embeds=None, images=images, clip_vision=clip_vision)
     by_images = LunaApplyIPAdapter.execute(**from_images).result[0]
     assert torch.equal(sample(plain_guider(by_embeds, given)), sample(plain_guider(by_images, given)))
+    plain = adapter("sd15", "plain")
+    with pytest.raises(LunaInputError, match="embeds were made with another adapter than ip_adapter"):
+        LunaApplyIPAdapter.execute(**node_inputs(model, ip_adapter=plain, embeds=made.take([2, 0, 1])))

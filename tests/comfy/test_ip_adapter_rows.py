@@ -26,6 +26,7 @@ from builders.anchored_sampling import (
 from builders.ip_adapter_reference import MARKS
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
+from luna_refinement.ip_adapter.attention import token_grid
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from torch import Tensor
@@ -87,6 +88,11 @@ def perp_neg(model: Any, given: Prompts) -> Any:
     return guider
 
 
+def old_perp_neg(model: Any, given: Prompts) -> Any:
+    """The node on the model, which evaluates a prompt of its own that no guider knows."""
+    return plain_guider(run_node(comfy_extras.nodes_perpneg.PerpNeg, model, given["empty"], 1.0), given)
+
+
 def hooked(model: Any, given: Prompts) -> Any:
     """A LoRA hook on the positive prompt only: ComfyUI then evaluates the prompts apart."""
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_out.0.weight"
@@ -123,6 +129,7 @@ GUIDANCE: dict[str, MakeGuider] = {
     "self-attention guidance": self_attention_guidance,
     "perturbed attention guidance": perturbed_attention_guidance,
     "perpendicular negative": perp_neg,
+    "perpendicular negative as a node": old_perp_neg,
     "flipped order": flipped_roles,
 }
 EXPECTED_MARKS = {
@@ -131,6 +138,7 @@ EXPECTED_MARKS = {
     "dual nested": {"positive", "middle", "negative"},
     "dual without negative": {"positive", "middle"},
     "perpendicular negative": {"positive", "negative", "empty"},
+    "perpendicular negative as a node": {"positive", "negative", "empty"},
 }
 TOGETHER = {"one call", "dual regular", "dual nested", "perpendicular negative", "masks"}
 APART = {"low memory", "hooks"}
@@ -319,15 +327,103 @@ def test_parts_of_the_batch_are_an_error_with_the_reason() -> None:
         sample(plain_guider(windowed, given))
 
 
-def test_masks_refuse_layers_that_are_no_halving_of_the_latent() -> None:
+@pytest.mark.parametrize("factor", [1.5, 2.0])
+@pytest.mark.parametrize("side", [16, 18])
+def test_masks_follow_layers_of_any_resolution(factor: float, side: int) -> None:
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 
+    def shrunk(model: Any) -> Tensor:
+        node = run_node(PatchModelAddDownscale, model, 3, factor, 0.0, 1.0, True, "bicubic", "bicubic")
+        return sample(plain_guider(node, given), side=side)
+
     model, given = tiny.unet("sd15"), prompts("sd15")
-    patched = anchored(model, row_masks=torch.ones(ROWS, 64, 64))
-    halving, other = (
-        run_node(PatchModelAddDownscale, patched, 3, factor, 0.0, 1.0, True, "bicubic", "bicubic")
-        for factor in (2.0, 1.5)
-    )
-    assert sample(plain_guider(halving, given)).isfinite().all()
+    masks = torch.zeros(ROWS, 64, 64)
+    masks[1, :, :32] = 1
+    result, bare = shrunk(anchored(model, row_masks=masks)), shrunk(model)
+    assert torch.equal(result[[0, 2]], bare[[0, 2]])
+    assert change(result[1], bare[1]) > ACTS
+
+
+def test_masks_follow_a_sampler_that_grows_the_latent() -> None:
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+    model, given = tiny.unet("sd15"), prompts("sd15")
+    sampler = run_node(SamplerLCMUpscale, 2.0, 2, "bislerp")
+    noise = torch.randn(ROWS, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    masks = torch.zeros(ROWS, 64, 64)
+    masks[1, :, :32] = 1
+    results = []
+    for patched in (anchored(model, row_masks=masks), model):
+        guider, sigmas = plain_guider(patched, given), torch.tensor([10.0, 5.0, 2.0, 0.0])
+        torch.manual_seed(3)
+        with torch.inference_mode():
+            results.append(guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1))
+    result, bare = results
+    assert result.shape[-1] == 16
+    assert torch.equal(result[[0, 2]], bare[[0, 2]])
+    assert change(result[1], bare[1]) > ACTS
+
+
+def test_without_the_layers_resolution_halvings_are_tried() -> None:
+    assert token_grid(17, 22, 9 * 11) == (9, 11)
     with pytest.raises(LunaRuntimeError, match=r"25 tokens, which is no halving of a 16x16 latent"):
-        sample(plain_guider(other, given))
+        token_grid(16, 16, 25)
+
+
+# -- nodes that repeat rows inside the attention --------------------------------------------------
+
+
+def couple(model: Any, regions: int = 2, name: str | None = "cond_or_uncond_couple") -> Any:
+    """Attention Couple as several packs do it, here with the same prompt in every region: nothing should change."""
+
+    def before(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        entries = [entry for entry in options["cond_or_uncond"] for _ in range(1 if entry == 1 else regions)]
+        place = options["cond_or_uncond"].index
+        if name is not None:
+            options[name] = entries
+        parts = [x.chunk(len(options["cond_or_uncond"])) for x in (q, k, v)]
+        grown = [torch.cat([part[place(entry)] for entry in entries]) for part in parts]
+        return grown[0], grown[1], grown[2]
+
+    def after(out: Tensor, options: dict[str, Any]) -> Tensor:
+        counts = [1 if entry == 1 else regions for entry in options["cond_or_uncond"]]
+        parts = out.split([count * ROWS for count in counts])
+        return torch.cat([p.reshape(c, ROWS, *p.shape[1:]).mean(0) for p, c in zip(parts, counts, strict=True)])
+
+    model = model.clone()
+    model.set_model_attn2_patch(before)
+    model.set_model_attn2_output_patch(after)
+    return model
+
+
+@pytest.mark.parametrize("masks", [None, torch.rand(ROWS, 32, 32)])
+def test_rows_repeated_inside_the_attention_keep_their_embeds(masks: Tensor | None) -> None:
+    model, given = tiny.unet("sd15"), prompts("sd15")
+    expected = sample(plain_guider(anchored(model, row_masks=masks), given))
+    assert change(sample(plain_guider(couple(anchored(model, row_masks=masks)), given)), expected) <= BOUND
+    assert change(sample(plain_guider(anchored(couple(model), row_masks=masks), given)), expected) <= BOUND
+
+
+def test_rows_repeated_without_saying_which_are_an_error_with_the_reason() -> None:
+    patched = couple(anchored(tiny.unet("sd15")), name=None)
+    with pytest.raises(LunaRuntimeError, match="a node on model turns 6 rows into 9 inside the attention"):
+        sample(plain_guider(patched, prompts("sd15")))
+
+
+# -- the schedule ---------------------------------------------------------------------------------
+
+
+def test_the_range_is_that_of_the_schedule_that_is_sampled() -> None:
+    """Whatever the order of Luna's node and one that changes the schedule."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+
+    model, given = tiny.unet("sd15"), prompts("sd15")
+
+    def edm(model: Any) -> Any:
+        return run_node(ModelSamplingContinuousEDM, model, "v_prediction", 500.0, 0.03)
+
+    part = {"start_percent": 0.3, "end_percent": 0.7}
+    first, last = edm(anchored(model, **part)), anchored(edm(model), **part)
+    assert torch.equal(sample(plain_guider(first, given), steps=8), sample(plain_guider(last, given), steps=8))
+    whole = anchored(edm(model))
+    assert change(sample(plain_guider(first, given), steps=8), sample(plain_guider(whole, given), steps=8)) > ACTS

@@ -240,7 +240,21 @@ def test_unknown_and_damaged_weights_are_refused() -> None:
         (plain, without_value, "16 key and 15 value layers"),
         (plain, pairs | {"31.to_v_ip.weight": empty(1280, 2048)}, "different widths"),
         (plain, pairs | {"31.to_v_ip.weight": empty(640, 768)}, "different widths"),
-        ({"latents": empty(1, 16, 768)}, pairs, "lacks image_proj.proj_in.weight"),
+        (
+            {"latents": empty(1, 16, 768), "layers.0.0.to_q.weight": empty(768, 768)},
+            pairs,
+            "lacks image_proj.proj_in.weight",
+        ),
+        (
+            {
+                "latents": empty(1, 64, 768),
+                "proj_in.weight": empty(768, 1152),
+                "layers.0.attn.to_q.weight": empty(8, 8),
+            },
+            pairs,
+            "adapter for SD1.5 or SDXL",
+        ),
+        ({"latents": empty(1, 16, 768), "proj_in.weight": empty(768, 512)}, pairs, "face identity embeds 512 wide"),
         (plain | {"proj.weight": empty(3000, 1024)}, pairs, "3000"),
         (plain | {"proj.bias": empty(7)}, pairs, "do not fit"),
         (projection_shapes("plus", "sdxl", 1280, 16), pairs, "2048.*768"),

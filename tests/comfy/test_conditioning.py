@@ -177,6 +177,28 @@ def test_each_row_gets_its_part_of_the_control_hint(sd15: Studio) -> None:
     assert torch.isfinite(refined(half_size)).all()
 
 
+def test_a_graph_of_everything_keeps_rows_apart(sd15: Studio) -> None:
+    """Two chained ControlNets in parts of the schedule, an area, a mask, a part in time and a longer text."""
+    image = photograph()
+    hints = torch.rand((2, 1, 3, 512, 512), generator=torch.Generator().manual_seed(8))
+    first = control_net().copy().set_cond_hint(hints[0], 0.7, (0.0, 0.5))
+    second = control_net().copy().set_cond_hint(hints[1], 0.9, (0.2, 1.0))
+    second.set_previous_controlnet(first)
+    right = torch.zeros(1, 64, 64)
+    right[..., 20:] = 1
+    positive = [
+        *with_fields(text("a"), control=second, control_apply_to_uncond=True),
+        *with_fields(text("b", 154), area=(40, 40, 4, 4), strength=0.8),
+        *with_fields(text("c"), mask=right, mask_strength=0.7, set_area_to_bounds=True),
+        *with_fields(text("d"), start_percent=0.3, end_percent=0.9),
+    ]
+    settings = {"steps": 5, "denoise": 0.6, "positive": positive}
+    together = sd15.detail(image, detections(image), **settings)[3]
+    assert difference(together, sd15.detail(image, detections(image), chunk_size=2, **settings)[3]) <= BOUND
+    without_control = sd15.detail(image, detections(image), **(settings | {"positive": text("a") + positive[1:]}))[3]
+    assert difference(together, without_control) > 10 * BOUND
+
+
 def test_inpaint_models_see_each_row_with_its_mask_greyed_out(tmp_path: Any) -> None:
     studio = Studio("sd15", tmp_path)
     studio.model = tiny.unet("sd15", extra_channels=5)

@@ -61,3 +61,9 @@ def lint(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the measured comparisons; arguments go to the benchmark script."""
     session.run(_set_up(session), str(ROOT / "benchmarks" / "run.py"), *session.posargs, external=True)
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """Train the small models of the demo anew (hours; stop at any time, it goes on); see training/README.md."""
+    session.run(_set_up(session), str(ROOT / "training" / "run.py"), *session.posargs, external=True)

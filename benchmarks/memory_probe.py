@@ -17,8 +17,8 @@ from pathlib import Path
 
 import setup
 
-setup.import_comfyui()
-setup.import_pack()
+setup.workspace.import_comfyui()
+setup.workspace.import_pack()
 
 import torch
 import torch.nn.functional as F

@@ -47,18 +47,20 @@ class Report:
         about: how it was measured, Markdown.
         tables: the numbers.
         pictures: file names beside the report.
+        folder: where it is saved; None for the folder of results.
     """
 
     name: str
     about: str
     tables: tuple[Table, ...]
     pictures: tuple[str, ...] = ()
+    folder: Path | None = None
 
-    def save(self, folder: Path, seconds: float) -> Path:
+    def save(self, results: Path, seconds: float) -> Path:
         parts = [f"# {self.name}", self.about, *(table.markdown() for table in self.tables)]
         parts += [f"![{picture}]({picture})" for picture in self.pictures]
         parts.append(f"{_circumstances()}\n- took {seconds:.0f} s in all")
-        path = folder / f"{self.name}.md"
+        path = (self.folder or results) / f"{self.name}.md"
         path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         return path
 

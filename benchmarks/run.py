@@ -12,7 +12,7 @@ from types import ModuleType
 
 import setup
 
-CASES = ("crop_paste", "memory", "ip_adapter", "overhead", "seams")
+CASES = ("crop_paste", "memory", "ip_adapter", "overhead", "seams", "anchors")
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     if unknown:
         parser.error(f"no case {', '.join(sorted(unknown))}: choose from {', '.join(CASES)}")
     setup.use_cores(os.cpu_count() or 1)
-    setup.import_comfyui()
-    setup.import_pack()
+    setup.workspace.import_comfyui()
+    setup.workspace.import_pack()
     setup.RESULTS.mkdir(exist_ok=True)
     for name in chosen:
         _run(importlib.import_module(f"case_{name}"), name)

@@ -40,10 +40,10 @@ class FullFaceProjection(nn.Module):
 class _ResamplerAttention(nn.Module):
     """Queries attend to the picture's tokens and to themselves."""
 
-    def __init__(self, dim: int, heads: int, operations: Any) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, operations: Any) -> None:
         super().__init__()
         self.heads = heads
-        inner = heads * 64
+        inner = heads * head_dim
         self.norm1 = operations.LayerNorm(dim)
         self.norm2 = operations.LayerNorm(dim)
         self.to_q = operations.Linear(dim, inner, bias=False)
@@ -61,8 +61,8 @@ class _ResamplerAttention(nn.Module):
 class _ResamplerLayer(nn.ModuleList):
     """Attention and feed-forward, each added to its input; a list because files number them 0 and 1."""
 
-    def __init__(self, dim: int, heads: int, operations: Any) -> None:
-        super().__init__([_ResamplerAttention(dim, heads, operations), _feed_forward(dim, operations)])
+    def __init__(self, dim: int, heads: int, head_dim: int, operations: Any) -> None:
+        super().__init__([_ResamplerAttention(dim, heads, head_dim, operations), _feed_forward(dim, operations)])
 
     def forward(self, picture: Tensor, queries: Tensor) -> Tensor:
         queries = queries + self[0](picture, queries)
@@ -73,14 +73,22 @@ class Resampler(nn.Module):
     """Plus: hidden states [N,257,clip_dim] → [N,tokens,cross_dim], a Perceiver resampler (Alayrac et al. 2022)."""
 
     def __init__(
-        self, dim: int, depth: int, heads: int, tokens: int, clip_dim: int, cross_dim: int, operations: Any
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        tokens: int,
+        clip_dim: int,
+        cross_dim: int,
+        operations: Any,
+        head_dim: int = 64,
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.empty(1, tokens, dim))
         self.proj_in = operations.Linear(clip_dim, dim)
         self.proj_out = operations.Linear(dim, cross_dim)
         self.norm_out = operations.LayerNorm(cross_dim)
-        self.layers = nn.ModuleList(_ResamplerLayer(dim, heads, operations) for _ in range(depth))
+        self.layers = nn.ModuleList(_ResamplerLayer(dim, heads, head_dim, operations) for _ in range(depth))
 
     def forward(self, hidden: Tensor) -> Tensor:
         picture = self.proj_in(hidden)

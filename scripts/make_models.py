@@ -1,17 +1,22 @@
-"""Writes the small models and the demo's picture: make_models.py <ComfyUI folder> <ComfyUI base directory>."""
+"""Writes the small models and the demo's pictures: make_models.py <ComfyUI folder> <ComfyUI base directory>."""
 
+import os
 import sys
 import time
 from pathlib import Path
+
+import workspace
+
+sys.path.insert(0, str(workspace.ROOT / "tests"))
+sys.path.append(str(workspace.ROOT))  # last: ComfyUI has a module ``nodes`` of its own
 
 
 def main() -> None:
     comfyui, base = (Path(argument).resolve() for argument in sys.argv[1:3])
     sys.argv = sys.argv[:1]
-    sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests"), str(comfyui)]
-    from comfy.cli_args import args
-
-    args.cpu = True
+    os.environ["COMFYUI_PATH"] = str(comfyui)
+    workspace.import_comfyui()
+    workspace.import_pack()
     from builders.model_files import write_models
     from builders.pictures import write_pictures
 

@@ -4,6 +4,7 @@ Every step looks first whether its work is done, so a second run takes a moment.
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -119,6 +120,35 @@ def link_folder(link: Path, target: Path) -> None:
         _winapi.CreateJunction(str(target), str(link))
     else:
         link.symlink_to(target, target_is_directory=True)
+
+
+def import_comfyui() -> None:
+    """Puts ComfyUI on the path, on the CPU where there is no CUDA device.
+
+    Raises:
+        SystemExit: there is no ComfyUI.
+    """
+    comfyui = comfyui_path()
+    if not (comfyui / "comfy").is_dir():
+        raise SystemExit(f"no ComfyUI at {comfyui}: run `nox -s tests`, or set COMFYUI_PATH")
+    sys.path.insert(0, str(comfyui))
+    # As main.py does, before nodes.py puts the comfy folder, which has a utils.py of its own, first on the path.
+    import torch
+    import utils.extra_config  # noqa: F401
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    args.use_pytorch_cross_attention = True
+
+
+def import_pack() -> None:
+    """Makes the repository importable as ``luna_refinement`` whatever its folder is called."""
+    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
 
 
 def _say(text: str) -> None:
@@ -246,8 +276,9 @@ def _make_models() -> None:
     """Small models and pictures; made anew when the code that builds them changes."""
     builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets", "pictures")
     sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "tests" / "builders" / f"{name}.py" for name in builders]
+    sources += [ROOT / "training" / name for name in ("family.py", "widen.py", "weights/faces.safetensors")]
     stamp = BASE / "models" / "luna_models.sha256"
-    digest = _digest(source.read_text(encoding="utf-8") for source in sources)
+    digest = _digest(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
     if _reads(stamp, digest):
         return
     _say(f"small models in {BASE / 'models'}")

@@ -28,6 +28,7 @@ def _import_comfyui() -> None:
     if not (COMFYUI / "comfy").is_dir():
         raise pytest.UsageError(f"no ComfyUI at {COMFYUI}: run `nox -s tests`, or set COMFYUI_PATH")
     sys.path.insert(0, str(COMFYUI))
+    sys.path.append(str(ROOT))  # for ``training``; last, because ComfyUI has a module ``nodes`` of its own
     # As main.py does, before nodes.py puts the comfy folder, which has a utils.py of its own, first on the path.
     import utils.extra_config  # noqa: F401
     from comfy.cli_args import args

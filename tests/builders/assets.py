@@ -9,5 +9,10 @@ SD15_PLAIN = "ipadapter/luna_demo_plain_sd15.safetensors"
 SDXL_PLUS = "ipadapter/luna_demo_plus_sdxl.safetensors"
 SDXL_PLAIN = "ipadapter/luna_demo_plain_sdxl.safetensors"
 
+# The trained family: small networks that have learnt drawn faces, see training/README.md.
+FACES_CHECKPOINT = "checkpoints/luna_faces_sd15.safetensors"
+FACES_CLIP_VISION = "clip_vision/luna_faces_vit_l.safetensors"
+FACES_PLUS = "ipadapter/luna_faces_plus_sd15.safetensors"
+
 PAINTED_ASTRONAUT = "luna_astronaut_painted.png"  # the same with five regions painted in the mask editor's way
 ASTRONAUT = "luna_astronaut.png"  # 512x512 px, public domain

@@ -1,7 +1,7 @@
 """The small models as files, in the folders where ComfyUI looks for them.
 
-Weights are seeded and synthetic: file layouts are the published ones, so that every loader works unchanged, but the
-models have learnt nothing.
+File layouts are the published ones, so that every loader works unchanged. Most weights are seeded and synthetic; those
+of the faces family are trained and only made wide here.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,9 @@ import comfy.latent_formats
 from builders import clip_files, denoiser, ip_adapter_files
 from builders.assets import (
     CLIP_VISION,
+    FACES_CHECKPOINT,
+    FACES_CLIP_VISION,
+    FACES_PLUS,
     SD15_CHECKPOINT,
     SD15_PLAIN,
     SD15_PLUS,
@@ -22,6 +25,8 @@ from builders.assets import (
 from builders.seeding import StateDict, to_half
 from builders.vae import build_vae
 from safetensors.torch import save_file
+
+from training import family
 
 CLIP_VISION_HIDDEN, CLIP_VISION_EMBED = 1024, 768  # ViT-L: width of the hidden states, width of the image embeds
 
@@ -44,6 +49,9 @@ BUILDERS: dict[str, Callable[[], StateDict]] = {
     SD15_PLAIN: lambda: ip_adapter_files.build_plain("sd15", CLIP_VISION_EMBED, denoiser.CHANNELS),
     SDXL_PLUS: lambda: ip_adapter_files.build_plus("sdxl", CLIP_VISION_HIDDEN, denoiser.CHANNELS),
     SDXL_PLAIN: lambda: ip_adapter_files.build_plain("sdxl", CLIP_VISION_EMBED, denoiser.CHANNELS),
+    FACES_CHECKPOINT: family.checkpoint,
+    FACES_CLIP_VISION: family.clip_vision,
+    FACES_PLUS: family.ip_adapter,
 }
 
 

@@ -1,0 +1,135 @@
+"""What the anchors do: own for every row, the average of all, one for all, none; measured on faces never learnt."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import anchor_trials
+import torch
+from anchor_trials import MODES, Group, Mode, Score, Trials, interval, make_group, scores
+from PIL import Image, ImageDraw
+from report import Report, Table
+from setup import ROOT
+from torch import Tensor
+from tqdm import tqdm
+
+DENOISES = (0.4, 0.6, 0.8)
+WEIGHTS = (0.25, 0.5)
+GROUPS, GROUPS_ALIKE, GROUPS_WEIGHTS = 23, 8, 5  # of nine faces
+SHOWN_DENOISE, LABEL = 0.6, 120  # px
+_Found = dict[tuple[str, float, float], list[Score]]
+
+
+def run(results: Path) -> Report:
+    trials = Trials()
+    groups = [make_group(number) for number in range(GROUPS)]
+    alike = [make_group(number, alike=True) for number in range(GROUPS_ALIKE)]
+    found, found_alike = _measure(trials, groups, "groups"), _measure(trials, alike, "one background")
+    weights = _measure_weights(trials, groups[:GROUPS_WEIGHTS])
+    inputs = [score for group in groups for score in scores(group.degraded, group.truth)]
+    tables = (
+        _table("Full weight, every face on a background of its own", inputs, found),
+        _table(
+            "Full weight, all nine at one place on one background: only the face tells them apart",
+            [score for group in alike for score in scores(group.degraded, group.truth)],
+            found_alike,
+        ),
+        _weight_table(weights),
+        _equality_table(trials, groups[0]),
+    )
+    _draw(trials, groups[0], ROOT / "docs" / "anchors.jpg")
+    _draw(trials, alike[0], ROOT / "docs" / "anchors_alike.jpg")
+    return Report("anchors", _ABOUT, tables, ("anchors.jpg", "anchors_alike.jpg"), folder=ROOT / "docs")
+
+
+def _measure(trials: Trials, groups: Sequence[Group], name: str) -> _Found:
+    found: _Found = defaultdict(list)
+    for group in tqdm(groups, desc=name):
+        for denoise in DENOISES:
+            for mode in MODES:
+                refined = trials.refine(group, mode, 1.0, denoise)
+                found[mode, denoise, 1.0] += scores(refined, group.truth)
+    return found
+
+
+def _measure_weights(trials: Trials, groups: Sequence[Group]) -> _Found:
+    found: _Found = defaultdict(list)
+    for group in tqdm(groups, desc="weights"):
+        for denoise in DENOISES:
+            for weight in WEIGHTS:
+                for mode in MODES[:3]:
+                    refined = trials.refine(group, mode, weight, denoise)
+                    found[mode, denoise, weight] += scores(refined, group.truth)
+    return found
+
+
+def _table(title: str, inputs: Sequence[Score], found: _Found) -> Table:
+    rows = [("-", "degraded input", *_cells(inputs))]
+    rows += [(f"{denoise}", mode, *_cells(found[mode, denoise, 1.0])) for denoise in DENOISES for mode in MODES]
+    columns = ("denoise", "anchor", "PSNR dB", "SSIM", "edges", "itself among nine")
+    return Table(f"{title}: {len(inputs)} crops, mean [95 % interval]", columns, tuple(rows))
+
+
+def _weight_table(found: _Found) -> Table:
+    rows = [
+        (f"{denoise}", f"{weight}", mode, *_cells(found[mode, denoise, weight]))
+        for denoise in DENOISES
+        for weight in WEIGHTS
+        for mode in MODES[:3]
+    ]
+    columns = ("denoise", "weight", "anchor", "PSNR dB", "SSIM", "edges", "itself among nine")
+    return Table(f"Less weight: {GROUPS_WEIGHTS * anchor_trials.FACES} crops", columns, tuple(rows))
+
+
+def _cells(values: Sequence[Score]) -> tuple[str, ...]:
+    cells = []
+    for field in fields(Score):
+        mean, low, high = interval([getattr(score, field.name) for score in values])
+        digits = 1 if field.name == "psnr" else 3
+        cells.append(f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+    return tuple(cells)
+
+
+def _equality_table(trials: Trials, group: Group) -> Table:
+    """One call for nine rows against nine calls."""
+    rows = []
+    for denoise in DENOISES:
+        together, alone = (trials.refine(group, mode, 1.0, denoise) for mode in ("own", "one by one"))
+        rows.append((f"{denoise}", f"{(together - alone).abs().max():.1e}"))
+    return Table("Own anchors in one call and face by face", ("denoise", "largest difference, 0..1"), tuple(rows))
+
+
+def _draw(trials: Trials, group: Group, path: Path) -> None:
+    """Truth, input and the four ways below one another."""
+    modes: tuple[Mode, ...] = MODES
+    rows = {"original": group.truth, "input": group.degraded}
+    rows |= {mode: trials.refine(group, mode, 1.0, SHOWN_DENOISE) for mode in modes}
+    side = group.truth.shape[1] * 2 // 3
+    sheet = Image.new("RGB", (LABEL + side * anchor_trials.FACES, side * len(rows)), "white")
+    for line, (name, crops) in enumerate(rows.items()):
+        ImageDraw.Draw(sheet).text((8, line * side + side // 2 - 8), name, fill="black", font_size=18)
+        for place, crop in enumerate(crops):
+            sheet.paste(
+                _picture(crop).resize((side, side), Image.Resampling.LANCZOS), (LABEL + place * side, line * side)
+            )
+    sheet.save(path, quality=88)
+
+
+def _picture(crop: Tensor) -> Image.Image:
+    return Image.fromarray((crop.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+
+_ABOUT = """\
+Faces of the Noto Color Emoji font that were kept out of training (22 kinds), on photographs, made small, noisy and
+JPEG-compressed. Nine at a time are the rows of one batch of the Semantic Detailer; the noise of a row is the same in
+every way of anchoring. The models are those of `training`, in their narrow form (the files ComfyUI loads compute the
+same, see `tests/comfy/test_trained_models.py`), 8 steps of euler, cfg 1, 192 px.
+
+- **own**: every row attends to the embedding of its own degraded crop, in one call.
+- **average**: all rows attend to the mean of the nine embeddings.
+- **broadcast**: all rows attend to the first row's embedding.
+- **none**: text only.
+
+PSNR and SSIM against the sharp original; *edges* is the correlation of the gradients with the original's; *itself* is
+the share of results whose nearest original among the nine is their own."""

@@ -1,10 +1,13 @@
-"""The commands of this repository: ``nox -s demo``, ``nox -s tests``, ``nox -s lint``, ``nox -s bench``.
+"""The commands of this repository: ``nox -s`` and ``demo``, ``tests``, ``host``, ``lint`` or ``bench``.
 
-All share the one environment in ``.cache/venv``, which the first command builds (see scripts/workspace.py).
+They share the environment in ``.cache/venv``, which the first command builds (see scripts/workspace.py); ``host``
+builds one for each ComfyUI that it is shown.
 """
 
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import nox
@@ -18,18 +21,26 @@ nox.options.sessions = ["tests"]
 nox.options.default_venv_backend = "none"
 
 
-def _set_up(session: nox.Session, with_older_comfyui: bool = False) -> str:
+def _set_up(session: nox.Session, steps: Callable[[], Path] = workspace.set_up) -> str:
+    """Carries out the steps and returns the Python that they prepared."""
     try:
-        python = workspace.set_up(with_older_comfyui)
+        return str(steps())
     except workspace.SetupError as error:
         session.error(str(error))
-    return str(python)
 
 
 def _lint(session: nox.Session, python: str) -> None:
     session.run(python, "-m", "ruff", "check", ".", external=True)
     session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
     session.run(python, str(ROOT / "scripts" / "typecheck.py"), external=True)
+
+
+def _test(session: nox.Session, python: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    # Each worker loads ComfyUI and PyTorch: more of them only where there is memory and a core for each.
+    workers = str(max(1, min(2, os.cpu_count() or 1)))
+    parallel = [] if arguments else ["-n", workers, "--dist", "loadgroup"]
+    threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
+    session.run(python, "-m", "pytest", *parallel, *arguments, env=threads | environment, external=True)
 
 
 @nox.session
@@ -41,14 +52,21 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Check style and types, then run all tests; ``nox -s tests -- tests/unit -k plan`` runs only those tests."""
-    python = _set_up(session, with_older_comfyui=True)
+    python = _set_up(session, partial(workspace.set_up, with_older_comfyui=True))
     if not session.posargs:
         _lint(session, python)
-    # Each worker loads ComfyUI and PyTorch: more of them only where there is memory and a core for each.
-    workers = str(max(1, min(2, os.cpu_count() or 1)))
-    parallel = [] if session.posargs else ["-n", workers, "--dist", "loadgroup"]
-    threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
-    session.run(python, "-m", "pytest", *parallel, *session.posargs, env=threads, external=True)
+    _test(session, python, session.posargs, {})
+
+
+@nox.session
+def host(session: nox.Session) -> None:
+    """Run all tests on any ComfyUI, which is not written to: ``nox -s host -- FOLDER`` (and arguments for pytest)."""
+    if not session.posargs:
+        session.error("name the folder of the ComfyUI to test: nox -s host -- FOLDER")
+    comfyui = Path(session.invoked_from, Path(session.posargs[0]).expanduser()).resolve()
+    python = _set_up(session, partial(workspace.set_up_host, comfyui))
+    bytecode = str(workspace.host_environment(comfyui).folder / "bytecode")  # or it would go into the ComfyUI folder
+    _test(session, python, session.posargs[1:], {"COMFYUI_PATH": str(comfyui), "PYTHONPYCACHEPREFIX": bytecode})
 
 
 @nox.session

@@ -1,6 +1,6 @@
 """The engine on ComfyUI: VAE, samplers, memory, progress and the IP-Adapter patch for each chunk of rows."""
 
-import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,13 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ..comfy_memory import MemoryLimit
 from ..errors import LunaRuntimeError
 from ..ip_adapter import LayerWeights, RowEmbeds
 from ..ip_adapter.comfy_encode import encode_rows
 from ..ip_adapter.comfy_patch import IPAdapter, patch_model
 from .comfy_progress import SamplingProgress
-from .comfy_sampling import Recipe, is_out_of_memory, prepared_noise, rows_that_fit, sample_rows, with_denoise
+from .comfy_sampling import Recipe, prepared_noise, rows_that_fit, sample_rows, with_denoise
 from .concepts import Concept, Lora, concept_for
 from .conditioning import Conditioning, Row, RowConditioning
 from .crops import cut, resample
@@ -22,8 +23,6 @@ from .noise import row_generator, row_noise
 from .plan import RefinePlan, Region, even_chunk
 from .refine import EncodedRows
 from .scaffold import scaffold_slice
-
-log = logging.getLogger("luna")
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ class ComfyEngine:
         self._masked: dict[int, tuple[Tensor, Tensor]] = {}
         self._row_factors = _row_factors(plan, anchor.layer_weights) if anchor and anchor.layer_weights else {}
         self._progress = SamplingProgress(recipe.model, len(plan.regions), recipe.steps)
+        self._limit = MemoryLimit("rows")
 
     def anchor(self, crops: Tensor, regions: Sequence[Region]) -> RowEmbeds | None:
         if self.anchor_settings is None:
@@ -149,20 +149,18 @@ class ComfyEngine:
         return calls
 
     def _sample_call(self, rows: EncodedRows, call: _Call) -> list[Tensor]:
-        """Samples the rows of a call, in chunks where they do not fit; an out-of-memory halves the chunk."""
-        recipe, total = call.recipe, len(call.places)
+        """Samples the rows of a call, in chunks where they do not fit."""
+        recipe, shape = call.recipe, rows.latents.shape[1:]
         model = _with_lora(recipe.model, call.lora)
-        chunk = self._chunk(recipe, total, rows.latents.shape[1:])
+        chunks = self._limit.parts(
+            call.places,
+            self._chunk(recipe, len(call.places), shape),
+            lambda places: self._sample_chunk(rows, places, recipe, model),
+            self._no_room(rows),
+            units_per_item=math.prod(shape),
+        )
         done: list[Tensor] = []
-        while len(done) < total:
-            places = call.places[len(done) : len(done) + chunk]
-            result = self._try_chunk(rows, places, recipe, model)
-            if result is None:
-                if len(places) == 1:
-                    raise self._no_room(rows)
-                chunk = (len(places) + 1) // 2
-                log.warning("not enough memory for %d rows at once, going on with %d", len(places), chunk)
-                continue
+        for places, result in chunks:
             done.extend(result)
             self._progress.rows_done(len(places))
         return done
@@ -170,17 +168,8 @@ class ComfyEngine:
     def _chunk(self, recipe: Recipe, total: int, latent_shape: Sequence[int]) -> int:
         if recipe.rows_alone:
             return 1
-        return even_chunk(total, self.chunk_size or rows_that_fit(recipe.model, latent_shape))
-
-    def _try_chunk(self, rows: EncodedRows, places: list[int], recipe: Recipe, model: Any) -> Tensor | None:
-        """One sampling call; None when it does not fit in memory."""
-        try:
-            return self._sample_chunk(rows, places, recipe, model)
-        except BaseException as error:
-            if not is_out_of_memory(error):
-                raise
-        # outside the except block, so that the traceback no longer holds the tensors of the failed call
-        return None
+        most = self.chunk_size or rows_that_fit(recipe.model, latent_shape)
+        return even_chunk(total, self._limit.at_most(most, math.prod(latent_shape)))
 
     def _sample_chunk(self, rows: EncodedRows, places: list[int], recipe: Recipe, model: Any) -> Tensor:
         latents = rows.latents[places]

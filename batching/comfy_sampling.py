@@ -260,10 +260,6 @@ def row_bytes(model: Any, latent_shape: Sequence[int]) -> int:
     return int(1.5 * model.memory_required([1, *latent_shape]))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, comfy.model_management.OOM_EXCEPTION)
-
-
 def prepared_noise(noise: Tensor) -> Tensor:
     """Noise on the device ComfyUI keeps intermediate tensors on."""
     return noise.to(comfy.model_management.intermediate_device(), torch.float32)

@@ -117,9 +117,10 @@ class RowAnchors:
         sigmas = options.get("sigmas")
         if sigmas is None:
             return True
-        if self._seen[0] is not sigmas:
-            self._seen = (sigmas, float(sigmas.max()))
-        return sigma_end <= self._seen[1] <= sigma_start
+        seen = self._seen  # as a whole: ComfyUI may run the shares of a call in threads, one for each GPU
+        if seen[0] is not sigmas:
+            seen = self._seen = (sigmas, float(sigmas.max()))
+        return sigma_end <= seen[1] <= sigma_start
 
     def arrange(self, layer: int, swapped: bool, factor: float, q: Tensor, options: Options) -> tuple[Tensor, ...]:
         """Keys, values [R,T,inner] and weight [R,1,1] for the rows of this call, kept for the calls to come.
@@ -208,6 +209,9 @@ class RowAnchors:
 class AnchoredAttention:
     """Replaces the cross-attention of one layer; a replacement that was there before keeps working inside.
 
+    Each model has its own; those of a model's clones are shallow copies, which is enough: only ``additions`` changes,
+    and always as a whole.
+
     Args:
         anchors: shared by all layers.
         layer: number of the layer's key and value pair.
@@ -231,7 +235,7 @@ class AnchoredAttention:
         self.swapped = swapped
         self.attention = attention
         self.previous = previous
-        self._additions: tuple[tuple[Callable[..., Any], dict[str, Any]], ...] = ()
+        self.additions: tuple[tuple[Callable[..., Any], dict[str, Any]], ...] = ()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         # ComfyUI asks for a transformer's replacement first, so one for its whole block would go unheard.
@@ -242,14 +246,14 @@ class AnchoredAttention:
             mask = self.anchors.mask(q, extra_options)
             image = self.attention(q, ip_k, ip_v, extra_options)
             out = torch.addcmul(out, image, weight if mask is None else weight * mask)
-        for callback, arguments in self._additions:
+        for callback, arguments in self.additions:
             if self.anchors.within(arguments["sigma_start"], arguments["sigma_end"], extra_options):
                 out = out + callback(out, q, k, v, extra_options, **arguments)
         return out
 
     def add(self, callback: Callable[..., Any], **arguments: Any) -> None:
         """Takes another pack's IP-Adapter on top: the widely used one calls this on whatever replacement it finds."""
-        self._additions = (*self._additions, (callback, {"sigma_start": float("inf"), "sigma_end": 0.0} | arguments))
+        self.additions = (*self.additions, (callback, {"sigma_start": float("inf"), "sigma_end": 0.0} | arguments))
 
 
 def token_grid(height: int, width: int, tokens: int) -> tuple[int, int]:

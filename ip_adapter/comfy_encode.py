@@ -10,7 +10,8 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..errors import LunaInputError
+from ..comfy_memory import MemoryLimit
+from ..errors import LunaInputError, LunaRuntimeError
 from .comfy_patch import IPAdapter, layers_for
 from .embeds import RowEmbeds
 
@@ -23,12 +24,13 @@ _HIDDEN = {1024: "ViT-L", 1280: "ViT-H", 1664: "ViT-G"}
 
 
 class _Memory:
-    """Tokens of pictures seen before, the oldest forgotten first."""
+    """Tokens of pictures seen before, the oldest forgotten first, and how many pictures fit at once."""
 
     def __init__(self, limit_bytes: int = _REMEMBERED_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self.rows: OrderedDict[bytes, Tensor] = OrderedDict()
         self.nothing: Tensor | None = None
+        self.limit = MemoryLimit("pictures")
 
     def find(self, digest: bytes) -> Tensor | None:
         if digest in self.rows:
@@ -100,9 +102,14 @@ def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbe
     new = list({digests[place]: place for place in new}.values())
     with torch.no_grad():
         if new:
-            encoded = [_encode_fitting(clip_vision, images[new[start : start + _ROWS_PER_BATCH]], adapter)
-                       for start in range(0, len(new), _ROWS_PER_BATCH)]  # fmt: skip
-            tokens = _project(adapter, torch.cat(encoded))
+            no_room = LunaRuntimeError(
+                "clip_vision: there is not enough memory to encode even one picture: close other programs that use the "
+                "GPU, or start ComfyUI with --lowvram"
+            )
+            batches = memory.limit.parts(
+                new, _ROWS_PER_BATCH, lambda places: _encode(clip_vision, images[places], adapter), no_room
+            )
+            tokens = _project(adapter, torch.cat([encoded for _, encoded in batches]))
             for place, row in zip(new, tokens, strict=True):
                 rows[digests[place]] = row.clone()
                 memory.keep(digests[place], row.clone())
@@ -115,18 +122,6 @@ def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbe
 def _digest(image: Tensor) -> bytes:
     pixels = image[..., :3].to(device="cpu", dtype=torch.float32).contiguous()
     return hashlib.blake2b(pixels.numpy().tobytes() + str(tuple(pixels.shape)).encode(), digest_size=16).digest()
-
-
-def _encode_fitting(clip_vision: Any, images: Tensor, adapter: IPAdapter) -> Tensor:
-    """Encodes in one batch, or in halves where memory does not allow it."""
-    try:
-        return _encode(clip_vision, images, adapter)
-    except comfy.model_management.OOM_EXCEPTION:
-        if len(images) == 1:
-            raise
-    middle = len(images) // 2
-    parts = (images[:middle], images[middle:])
-    return torch.cat([_encode_fitting(clip_vision, part, adapter) for part in parts])
 
 
 def _encode(clip_vision: Any, images: Tensor, adapter: IPAdapter) -> Tensor:

@@ -1,5 +1,6 @@
 """IP-Adapters on ComfyUI: files as managed models, and the patch that anchors every row of a batch."""
 
+import copy
 import hashlib
 import inspect
 import pickle
@@ -16,7 +17,7 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ..errors import LunaInputError, LunaRuntimeError
@@ -27,7 +28,7 @@ from .layer_weights import LayerWeights
 from .layers import AttentionLayer, attention_layers
 from .projection import AdapterNetwork
 
-_WRAPPER_KEY = "luna_ip_adapter"
+_KEY = "luna_ip_adapter"
 _PASSES_OPTIONS = any(
     parameter.kind is parameter.VAR_KEYWORD or name == "transformer_options"
     for name, parameter in inspect.signature(optimized_attention).parameters.items()
@@ -222,12 +223,25 @@ def patch_model(
             previous = _replacements(patched.model_options).get(layer.key)
             replacement = AnchoredAttention(anchors, pair, factor.factor, factor.swapped, _attention, previous)
             patched.set_model_attn2_replace(replacement, *layer.key)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _WRAPPER_KEY, _prepare_for(anchors))
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _WRAPPER_KEY, _roles_for(anchors))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _prepare_for(anchors))
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, _roles_for(anchors))
+    if not patched.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
+        patched.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _give_own_replacements)
     return patched
 
 
-def _replacements(model_options: Mapping[str, Any]) -> Mapping[Any, Any]:
+def _give_own_replacements(_: Any, clone: Any) -> None:
+    """Gives a clone replacements of its own, to which other packs may add: newer ComfyUI lets clones share objects.
+
+    ComfyUI calls this for every clone of a clone too, and for those it makes for further GPUs.
+    """
+    replacements = _replacements(clone.model_options)
+    for key, replacement in replacements.items():
+        if isinstance(replacement, AnchoredAttention):
+            replacements[key] = copy.copy(replacement)
+
+
+def _replacements(model_options: Mapping[str, Any]) -> dict[Any, Any]:
     """Cross-attention replacements on a model, by transformer (part, block, transformer) or block (part, block)."""
     return model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
 

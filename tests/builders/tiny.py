@@ -4,6 +4,7 @@ Depth and text width are those of SD1.5 and SDXL, so that an IP-Adapter meets al
 channels are 32.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import torch
 from builders import denoiser, ip_adapter_files
 from builders.seeding import StateDict, fan_in_scaled, generator_for
 from builders.vae import build_vae
+from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
@@ -95,6 +97,8 @@ def flux() -> ModelPatcher:
         "qkv_bias": True,
         "guidance_embed": True,
     }
+    if "txt_ids_dims" in {field.name for field in dataclasses.fields(FluxParams)}:
+        config["txt_ids_dims"] = []  # newer releases want to be told what model detection finds
     settings = comfy.supported_models.Flux(config)
     settings.set_inference_dtype(torch.float32, None)
     model = comfy.model_base.Flux(settings, device="cpu")

@@ -4,13 +4,12 @@ from typing import Any
 
 import comfy.cldm.cldm
 import comfy.controlnet
-import comfy.model_management
 import pytest
 import torch
 from builders import tiny
 from builders.refining import BOXES, Studio, counting, detections, photograph
 from luna_refinement.batching.concepts import Concept, Lora
-from luna_refinement.errors import LunaInputError, LunaRuntimeError
+from luna_refinement.errors import LunaInputError
 from luna_refinement.sam3_bridge.detections import Detection, Detections
 
 BOUND = 1e-4
@@ -259,70 +258,3 @@ def test_reference_latents_of_the_picture_are_cut_and_others_kept(sd15: Studio) 
     assert cut.shape == (2, 4, 10, 10)
     assert cut[0].mean() == pytest.approx((LEFT[0] + LEFT[2]) / 16 - 0.5, abs=1)
     assert cut[1].mean() == pytest.approx((RIGHT[0] + RIGHT[2]) / 16 - 0.5, abs=1)
-
-
-def out_of_memory_above(model: Any, rows: int) -> tuple[Any, list[int]]:
-    """A clone on which larger calls fail as they do on a full GPU, and the sizes that were tried."""
-    tried: list[int] = []
-
-    def limited(apply_model: Any, arguments: dict[str, Any]) -> torch.Tensor:
-        tried.append(arguments["input"].shape[0])
-        if tried[-1] > rows:
-            raise comfy.model_management.OOM_EXCEPTION("out of memory")
-        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
-
-    limited_model = model.clone()
-    limited_model.set_model_unet_function_wrapper(limited)
-    return limited_model, tried
-
-
-def test_out_of_memory_halves_the_chunk_and_changes_nothing(sd15: Studio, caplog: pytest.LogCaptureFixture) -> None:
-    image = photograph()
-    model, tried = out_of_memory_above(sd15.model, rows=4)
-    before = sd15.plain_sample()
-    result = sd15.detail(image, detections(image), model=model)[3]
-    assert tried[0] == 10
-    assert "going on with" in caplog.text
-    assert difference(result, sd15.detail(image, detections(image))[3]) <= BOUND
-    assert torch.equal(sd15.plain_sample(), before)
-
-
-def test_out_of_memory_with_one_row_gives_sizes_and_advice(sd15: Studio) -> None:
-    image = photograph()
-    model, _ = out_of_memory_above(sd15.model, rows=1)
-    before = sd15.plain_sample()
-    with pytest.raises(LunaRuntimeError, match="64x64 px crop"):
-        sd15.detail(image, detections(image), model=model)
-    assert torch.equal(sd15.plain_sample(), before)
-
-
-@pytest.mark.parametrize("stage", ["encode", "decode", "clip_vision"])
-def test_out_of_memory_outside_sampling_is_mended_too(sd15: Studio, stage: str) -> None:
-    """Raised inside the networks themselves: ComfyUI's VAE goes on in tiles, pictures are encoded in halves."""
-    image = photograph()
-    usual = sd15.detail(image, detections(image))[3]
-    network = {
-        "encode": sd15.vae.first_stage_model.taesd_encoder,
-        "decode": sd15.vae.first_stage_model.taesd_decoder,
-        "clip_vision": sd15.clip_vision.model.vision_model.encoder,
-    }[stage]
-    failed: list[int] = []
-
-    def limit(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs[0].shape[0] > 1:
-            failed.append(inputs[0].shape[0])
-            raise comfy.model_management.OOM_EXCEPTION("out of memory")
-
-    hook = network.register_forward_pre_hook(limit)
-    try:
-        # pictures never seen before, or the embeds would come from memory
-        other = image.flip(2) if stage == "clip_vision" else image
-        short_of_memory = sd15.detail(other, detections(other))[3]
-    finally:
-        hook.remove()
-    assert failed
-    if stage != "clip_vision":
-        assert difference(short_of_memory, usual) <= BOUND
-    else:
-        unhurried = Studio("sd15", sd15.folder).detail(other, detections(other))[3]
-        assert difference(short_of_memory, unhurried) <= BOUND

@@ -246,26 +246,69 @@ def test_a_replacement_set_for_a_whole_block_afterwards_keeps_working(model: Any
     assert torch.equal(before, after)
 
 
-def test_another_adapter_may_add_itself_as_the_widely_used_pack_does(model: Any) -> None:
-    """It calls ``add(callback, **arguments)`` on whatever replacement it finds on a clone of the model."""
-    given = prompts("sd15")
-    first = anchored(model)
-    alone = sample(plain_guider(first, given))
-    second = first.clone()
-    heard: list[tuple[float, bool]] = []
+class OtherAdapter:
+    """An IP-Adapter that adds to whatever replacement it finds, and tells at which noise levels it was heard."""
 
-    def callback(out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Any, *, gain: float, **_: Any) -> Tensor:
-        heard.append((float(options["sigmas"][0]), out.shape == q.shape))
+    def __init__(self, gain: float = 3.0, sigma_start: float = float("inf")) -> None:
+        self.arguments = {"gain": gain, "sigma_start": sigma_start, "sigma_end": 0.0}
+        self.heard: list[float] = []
+
+    def __call__(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Any, *, gain: float, **_: Any) -> Tensor:
+        assert out.shape == q.shape
+        self.heard.append(float(options["sigmas"][0]))
         return gain * out
 
-    to = second.model_options["transformer_options"]
-    to["patches_replace"]["attn2"]["output", 9, 0].add(callback, gain=3.0, sigma_start=8.0, sigma_end=0.0)
-    added = sample(plain_guider(second, given), steps=4)
-    assert heard
-    assert all(sigma <= 8.0 and fits for sigma, fits in heard)
-    assert len(heard) < 4
-    assert change(added, sample(plain_guider(first, given), steps=4)) > ACTS
-    assert torch.equal(sample(plain_guider(first, given)), alone)  # nothing reached the model it was cloned from
+    def apply(self, model: Any) -> Any:
+        """As the node of the widely used pack does it: on a clone, dicts copied, ``add`` where somebody was before."""
+        patched = model.clone()
+        to = patched.model_options["transformer_options"] = {**patched.model_options["transformer_options"]}
+        to["patches_replace"] = {**to["patches_replace"], "attn2": {**to["patches_replace"]["attn2"]}}
+        for replacement in to["patches_replace"]["attn2"].values():
+            replacement.add(self, **self.arguments)
+        return patched
+
+
+def additions(model: Any) -> set[int]:
+    """How many other adapters hang on each replacement of a model."""
+    replacements = model.model_options["transformer_options"]["patches_replace"]["attn2"]
+    return {len(replacement.additions) for replacement in replacements.values()}
+
+
+def test_another_adapter_may_add_itself_as_the_widely_used_pack_does(model: Any) -> None:
+    given, first = prompts("sd15"), anchored(model)
+    alone = sample(plain_guider(first, given), steps=4)
+    other = OtherAdapter(sigma_start=8.0)
+    added = sample(plain_guider(other.apply(first), given), steps=4)
+    assert other.heard
+    assert all(sigma <= 8.0 for sigma in other.heard)
+    assert len(set(other.heard)) < 4
+    assert change(added, alone) > ACTS
+    assert torch.equal(sample(plain_guider(first, given), steps=4), alone)  # nothing reached the model upstream
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_queueing_again_does_not_stack_what_another_adapter_adds(family: tiny.Family) -> None:
+    given, upstream = prompts(family), anchored(tiny.unet(family), family)
+    runs = [OtherAdapter().apply(upstream) for _ in range(3)]
+    assert [additions(run) for run in runs] == [{1}, {1}, {1}]
+    assert additions(upstream) == {0}
+    first, _, third = (sample(plain_guider(run, given)) for run in runs)
+    assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("clones_between", [0, 1, 2])
+def test_an_addition_stays_with_the_clone_it_was_made_on(model: Any, clones_between: int) -> None:
+    """Neither upstream, nor to sisters; what is cloned from it has it, and may add more of its own."""
+    upstream = anchored(anchored(model), weight=0.5)
+    for _ in range(clones_between):
+        upstream = upstream.clone()
+    sister = upstream.clone()
+    added = OtherAdapter().apply(upstream)
+    below = added.clone()
+    twice = OtherAdapter().apply(below)
+    assert [additions(m) for m in (upstream, sister, added, below, twice)] == [{0}, {0}, {1}, {1}, {2}]
+    late = OtherAdapter().apply(sister)  # after others were made
+    assert [additions(m) for m in (sister, late, added)] == [{0}, {1}, {1}]
 
 
 def test_two_patches_add_up(model: Any) -> None:

@@ -18,6 +18,7 @@ from builders.anchored_sampling import (
     change,
     content_adapter,
     embeds,
+    node_defaults,
     plain_guider,
     prompts,
     run_node,
@@ -320,8 +321,7 @@ def test_parts_of_the_batch_are_an_error_with_the_reason() -> None:
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     model, given = tiny.unet("sd15"), prompts("sd15")
-    settings = {"context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
-    settings |= {"closed_loop": False, "fuse_method": "pyramid", "dim": 0}
+    settings = node_defaults(ContextWindowsManualNode) | {"context_length": 2, "context_overlap": 1}
     windowed = run_node(ContextWindowsManualNode, anchored(model), **settings)
     with pytest.raises(LunaRuntimeError, match=r"3 image embeds for 2 latents.*context windows"):
         sample(plain_guider(windowed, given))

@@ -1,12 +1,18 @@
 """Refine Plan, Prep Upscale and Noise Scaffold as nodes, on real ComfyUI and a real (tiny) upscale model."""
 
+from pathlib import Path
+from typing import Any
+
+import folder_paths
 import pytest
 import torch
+from builders.anchored_sampling import run_node
 from builders.refining import Studio, detections, photograph
+from comfy_extras.nodes_upscale_model import UpscaleModelLoader
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.plan import LunaRefinePlan
 from luna_refinement.nodes.upscale import LunaNoiseScaffold, LunaPrepUpscale
-from spandrel import ImageModelDescriptor, ModelLoader
+from safetensors.torch import save_file
 from spandrel.architectures.ESRGAN import ESRGAN
 
 PLAN = {
@@ -33,20 +39,23 @@ def test_the_plan_of_detections_is_drawn_without_sampling(sd15: Studio) -> None:
     assert output.ui["text"] == (summary,)
 
 
-def upscale_model() -> ImageModelDescriptor:
+@pytest.fixture
+def upscale_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tiny ESRGAN as ComfyUI's own loader gives it; what it attaches differs from release to release."""
     torch.manual_seed(0)
     weights = ESRGAN(in_nc=3, out_nc=3, num_filters=8, num_blocks=1, scale=2).state_dict()
-    model = ModelLoader().load_from_state_dict(weights)
-    assert isinstance(model, ImageModelDescriptor)
-    return model.eval()
+    save_file(weights, tmp_path / "tiny.safetensors")
+    extensions = folder_paths.folder_names_and_paths["upscale_models"][1]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "upscale_models", ([str(tmp_path)], extensions))
+    return run_node(UpscaleModelLoader, "tiny.safetensors")
 
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("with_model", [False, True])
-def test_prep_upscale_hits_the_size(channels: int, with_model: bool) -> None:
+def test_prep_upscale_hits_the_size(channels: int, with_model: bool, upscale_model: Any) -> None:
     image = torch.rand(1, 60, 90, channels)
     with torch.inference_mode():
-        model = upscale_model() if with_model else None
+        model = upscale_model if with_model else None
         result = LunaPrepUpscale.execute(image, 256, "lanczos", 64, model).result[0]
     assert result.shape == (1, 192, 256, channels)
     assert torch.isfinite(result).all()

@@ -48,7 +48,8 @@ def write(folder: Path, path: Path = WEIGHTS) -> None:
 
     vae = train_unet.trained_vae(folder)
     model = train_unet.Anchored()
-    trainer = Trainer("unet", {"unet": model.unet, "prompt": model.prompt}, train_unet.SCHEDULE, folder)
+    modules = {"unet": model.unet, "prompt": model.prompt, "reader": train_unet.content_reader()}
+    trainer = Trainer("unet", modules, train_unet.SCHEDULE, folder)
     trainer.use_mean()
     parts = {"vae": vae, "unet": model.unet, "prompt": model.prompt}
     tensors = {

@@ -28,7 +28,7 @@ BYTES_PER_CONCEPT = 400 * 2**20
 BYTES_PER_PICTURE = 2 * 2**30
 """Activations of the vision encoder at 1008 px, generously."""
 
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Left out, transformers would ask on the terminal whether to run a folder's code."""
 
 _PREFIX = "detector_model."

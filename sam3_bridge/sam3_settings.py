@@ -1,8 +1,8 @@
 """The settings in a SAM3 folder: what could bring in code, a hub or another package is refused by name.
 
 transformers reads a folder's JSON files as instructions: which classes to make, from which module or repository, with
-which kernels, from which weights. A SAM3 needs none of that freedom. Its numbers and switches may be anything in reason;
-its texts must be names of transformers' own SAM and CLIP classes, plain words, or words of its tokenizer.
+which kernels, from which weights. A SAM3 needs none of that freedom. Its numbers and switches may be anything in
+reason; its texts must be names of transformers' own SAM and CLIP classes, plain words, or words of its tokenizer.
 """
 
 import json
@@ -116,7 +116,8 @@ def _fault(key: str, value: Any) -> str | None:
         return "which would bring in code, weights or packages from elsewhere" if value else None
     if isinstance(value, int | float):
         limit = next((limit for end, limit in _LIMITS.items() if key.endswith(end)), None)
-        return f"but at most {limit} is known of any SAM3" if limit is not None and not -limit <= value <= limit else None
+        fits = limit is None or -limit <= value <= limit
+        return None if fits else f"but no SAM3 has more than {limit}"
     if not isinstance(value, str) or _FREE_KEY.fullmatch(key):
         return None
     if _ATTENTION.fullmatch(key):

@@ -113,7 +113,14 @@ class Bomb:
 
 @pytest.mark.parametrize(
     "part",
-    ["pytorch_model.bin", "sub/model.safetensors", "../copy/part.safetensors", "..\\part.safetensors", "{absolute}", "7"],
+    [
+        "pytorch_model.bin",
+        "sub/model.safetensors",
+        "../copy/part.safetensors",
+        "..\\part.safetensors",
+        "{absolute}",
+        "7",
+    ],
 )
 def test_weights_are_read_from_safetensors_of_the_folder_alone(folder: Path, tmp_path: Path, part: str) -> None:
     weights = (folder / "model.safetensors").rename(folder / "part.safetensors")

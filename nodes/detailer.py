@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..batching.blend import BLENDS
 from ..batching.comfy_engine import ComfyEngine
+from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_sampling import SamplingSettings
 from ..batching.concepts import Concept
 from ..batching.crops import cut, resample
@@ -166,6 +167,7 @@ class LunaSemanticDetailer(io.ComfyNode):
             return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
         recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
         check_models(recipe.model, vae, crop_size)
+        check_prompts(recipe.model, recipe.conditioning, concepts)
         anchor, warnings = choose_anchor(
             recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )

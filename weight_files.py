@@ -1,7 +1,24 @@
 """Files of weights from anywhere: what every tensor in one must be, whatever its format makes of it."""
 
+import zipfile
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+_SLACK_BYTES = 2**20
+
+
+def inflated_bytes(path: str) -> int | None:
+    """Bytes that a packed file would grow to when it is read; None for one that holds what it says.
+
+    PyTorch's own files are zip archives whose parts lie unpacked. Packed parts would let a small file fill the memory.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(part.file_size for part in archive.infolist())
+    return claimed if claimed > Path(path).stat().st_size + _SLACK_BYTES else None
 
 
 def weight_fault(value: object) -> str | None:

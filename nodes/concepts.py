@@ -10,6 +10,7 @@ from torch import Tensor
 from ..batching.concepts import Concept, Lora
 from ..batching.lora_files import read_lora
 from ..errors import LunaInputError
+from ..weight_files import inflated_bytes
 from .checks import check_image
 from .schema import LunaConcepts, luna_schema
 
@@ -108,7 +109,11 @@ def _load_lora(name: str, strength: float) -> Lora | None:
     if path is None:
         raise LunaInputError(f"lora '{name}' is not in models/loras: put it there and press R")
     try:
+        if claimed := inflated_bytes(path):
+            raise LunaInputError(f"lora '{name}' is packed and would grow to {claimed} bytes: get it as .safetensors")
         state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+    except LunaInputError:
+        raise
     except Exception as error:
         # The loaders raise many kinds of error; the reason is passed on in full.
         raise LunaInputError(

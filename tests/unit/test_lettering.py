@@ -126,7 +126,7 @@ def test_runs_of_several_fonts_stand_side_by_side() -> None:
     text = letter("ab人脸cd", 20)
     assert [letters for _, letters in text.runs] == ["ab", "人脸", "cd"]
     picture = Image.new("L", (300, 80))
-    text.draw(ImageDraw.Draw(picture), (50, 20), fill=(255,))  # type: ignore[arg-type]
+    text.draw(ImageDraw.Draw(picture), (50, 20), fill=(255,))
     left, top, right, bottom = picture.getbbox()  # type: ignore[misc]
     assert 50 + text.box[0] - 1 <= left < right <= 50 + text.box[2] + 1
     assert 20 + text.box[1] - 1 <= top < bottom <= 20 + text.box[3] + 1

@@ -1,6 +1,7 @@
 """Damaged and malicious files of weights: only declared errors come out, quickly, whatever a file claims."""
 
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,36 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path, name: str, share: float
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     assert f"'{name}'" in assert_refused_quickly(load_ip_adapter, str(path))
+
+
+def packed(path: Path, state_dict: dict[str, Any]) -> None:
+    """A PyTorch file whose parts are compressed."""
+    torch.save(state_dict, path)
+    with zipfile.ZipFile(path) as loose:
+        parts = {name: loose.read(name) for name in loose.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as tight:
+        for name, content in parts.items():
+            tight.writestr(name, content)
+
+
+def test_a_small_file_cannot_grow_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.bin"
+    packed(path, {"image_proj": {"proj.weight": torch.zeros(2**22)}, "ip_adapter": {}})
+    assert path.stat().st_size < 2**17
+    assert "packed and would grow to 167" in assert_refused_quickly(load_ip_adapter, str(path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".bin"}))
+    assert "lora 'bomb.bin' is packed" in assert_refused_quickly(
+        LunaConcept.execute, "face", -1.0, -1.0, "bomb.bin", 1.0
+    )
+
+
+@pytest.mark.parametrize("name", ["cut.safetensors", "cut.pt"])
+def test_a_lora_that_ends_early_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".pt", ".safetensors"}))
+    path = tmp_path / name
+    save_file(lora(), path) if name.endswith("safetensors") else torch.save(lora(), path)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert f"lora '{name}' cannot be read" in assert_refused_quickly(LunaConcept.execute, "face", -1.0, -1.0, name, 1.0)
 
 
 def lora(**changes: Any) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_concepts_that_cannot_be_are_refused(text: str) -> None:
 def test_only_declared_errors_come_out_of_any_text(text: str) -> None:
     for read in (parse_layer_weights, lambda given: parse_numbers(given, "row_curve"), parse_concepts, Concept):
         with suppress(LunaInputError):
-            assert read(text) is not None  # type: ignore[operator]
+            assert read(text) is not None
 
 
 def concept(**settings: Any) -> Concept:

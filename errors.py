@@ -3,9 +3,17 @@
 Messages name the input, what was given and what to do.
 """
 
+from .texts import readable
+
 
 class LunaError(Exception):
-    """Base of every error Luna raises on purpose."""
+    """Base of every error Luna raises on purpose.
+
+    Messages quote labels, names and texts of graphs and files: each line of them is made readable.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(readable, message.split("\n"))))
 
 
 class LunaInputError(LunaError, ValueError):

@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..lettering import letter
+from ..texts import readable
 from .crops import resample
 from .plan import RefinePlan, Region, even_chunk
 
@@ -42,10 +44,10 @@ def _draw_one(picture: Tensor, plan: RefinePlan, index: int, pass_of: dict[int, 
     lines = Image.new("RGBA", dimmed.size)
     fill, line = ImageDraw.Draw(fills), ImageDraw.Draw(lines)
     stroke = max(1, round(max(dimmed.size) / 500))
-    font = ImageFont.load_default(size=max(10, max(dimmed.size) / 45))
+    size = max(10, max(dimmed.size) / 45)
     for region in plan.regions:
         if region.image_index == index:
-            _draw_region(fill, line, region, pass_of[region.row], scale, stroke, font)
+            _draw_region(fill, line, region, pass_of[region.row], scale, stroke, size)
     drawn = Image.alpha_composite(Image.alpha_composite(dimmed, fills), lines).convert("RGB")
     return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
 
@@ -57,18 +59,18 @@ def _draw_region(
     turn: int,
     scale: float,
     stroke: int,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    size: float,
 ) -> None:
     colour = pass_colour(turn)
     crop = tuple(value * scale for value in (region.crop.x1, region.crop.y1, region.crop.x2, region.crop.y2))
     paste = tuple(value * scale for value in (region.paste.x1, region.paste.y1, region.paste.x2, region.paste.y2))
     fill.rectangle(paste, fill=(*colour, 70))
     line.rectangle(crop, outline=(*colour, 255), width=stroke)
-    text = f"{region.row} {region.label}".strip()
+    text = letter(f"{region.row} {region.label}".strip(), size)
     left, top = max(crop[0], 0) + 3 * stroke, max(crop[1], 0) + 2 * stroke
-    box = line.textbbox((left, top), text, font=font)
+    box = tuple(value + start for value, start in zip(text.box, (left, top) * 2, strict=True))
     line.rectangle((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2), fill=(0, 0, 0, 170))
-    line.text((left, top), text, fill=(255, 255, 255, 255), font=font)
+    text.draw(line, (left, top), fill=(255, 255, 255, 255))
 
 
 def pass_colour(turn: int) -> tuple[int, int, int]:
@@ -106,7 +108,7 @@ def describe(
     lines.append(f"{calls} sampling call(s), {calls * steps} steps in all")
     for region in plan.regions:
         crop = region.crop
-        name = f" {region.label}" if region.label else ""
+        name = f" {readable(region.label)}" if region.label else ""
         lines.append(
             f"row {region.row}{name}: picture {region.image_index}, crop {crop.width}x{crop.height} px at "
             f"({crop.x1}, {crop.y1}), refined at {region.working_width}x{region.working_height} px, "

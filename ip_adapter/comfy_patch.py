@@ -21,6 +21,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ..errors import LunaInputError, LunaRuntimeError
+from ..weight_files import inflated_bytes
 from .attention import AnchoredAttention, AnchorOptions, KeyValues, Options, RowAnchors, Scaling
 from .embeds import RowEmbeds
 from .files import AdapterLayout, AdapterWeights, read_layout, split_weights
@@ -75,7 +76,13 @@ def load_ip_adapter(path: str) -> IPAdapter:
     """
     name = Path(path).name
     try:
+        if claimed := inflated_bytes(path):
+            raise LunaInputError(
+                f"ip_adapter_file '{name}' is packed and would grow to {claimed} bytes: get the adapter as .safetensors"
+            )
         state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+    except LunaInputError:
+        raise
     except FileNotFoundError:
         raise LunaInputError(
             f"ip_adapter_file '{name}' is gone: press R to refresh the list and choose again"

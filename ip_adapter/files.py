@@ -1,13 +1,14 @@
 """What an IP-Adapter file holds: its variant, sizes and weights, read from key names and shapes alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..weight_files import weight_fault
 
 Variant = Literal["plus", "plain", "full_face"]
 StateDict = dict[str, Tensor]
@@ -17,6 +18,9 @@ _RESAMPLER_HEAD_DIM = 64
 _FULL_FACE_TOKENS = 257
 _FACE_IDENTITY = 512
 _MODELS = {768: "SD1.5", 2048: "SDXL"}
+_PAIR = re.compile(r"(0|[1-9][0-9]{0,3})\.to_([kv])_ip\.weight")
+_MOST_LAYERS = 64
+"""Of a resampler; the published ones have 4."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +69,44 @@ class AdapterLayout:
         return self.variant == "plain"
 
 
-def split_weights(state_dict: Mapping[str, object], name: str) -> AdapterWeights:
+def split_weights(state_dict: object, name: str) -> AdapterWeights:
     """Sorts a loaded file into its halves, whether its keys are flat (safetensors) or nested (pickles).
 
     Raises:
-        LunaInputError: it is no IP-Adapter.
+        LunaInputError: it is no IP-Adapter, or what should be a weight is none.
     """
+    if not isinstance(state_dict, Mapping):
+        raise LunaInputError(f"ip_adapter_file '{name}' holds a {type(state_dict).__name__}, so it is no IP-Adapter")
     halves: dict[str, StateDict] = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in state_dict.items():
-        if isinstance(value, Mapping):
-            half = "ip_adapter" if key == "adapter_modules" else key
-            if half in halves:
-                halves[half].update(value)
-            continue
-        for prefix, half in _PREFIXES.items():
-            if key.startswith(prefix) and isinstance(value, Tensor):
-                halves[half][key.removeprefix(prefix)] = value
+    for half, key, value in _entries(state_dict):
+        if fault := weight_fault(value):
+            raise LunaInputError(
+                f"ip_adapter_file '{name}': {half}.{key} {fault}: the file is damaged or no IP-Adapter; download it "
+                "again"
+            )
+        halves[half][key] = value
     missing = [half for half, weights in halves.items() if not weights]
     if missing:
-        shown = ", ".join(list(state_dict)[:3]) or "nothing"
+        shown = ", ".join(map(str, list(state_dict)[:3])) or "nothing"
         raise LunaInputError(
             f"ip_adapter_file '{name}' is no IP-Adapter: it has no {' and no '.join(missing)} weights "
             f"(found {shown}, …). Put an IP-Adapter file, such as ip-adapter-plus_sdxl_vit-h.safetensors, "
             "into models/ipadapter"
         )
     return AdapterWeights(name, halves["image_proj"], halves["ip_adapter"])
+
+
+def _entries(state_dict: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(half, key without prefix, value) of everything that belongs to one of the halves."""
+    for key, value in state_dict.items():
+        if isinstance(value, Mapping):
+            half = "ip_adapter" if key == "adapter_modules" else key
+            if half in ("image_proj", "ip_adapter"):
+                yield from ((half, str(inner), weight) for inner, weight in value.items())
+            continue
+        for prefix, half in _PREFIXES.items():
+            if isinstance(key, str) and key.startswith(prefix):
+                yield half, key.removeprefix(prefix), value
 
 
 def read_layout(weights: AdapterWeights) -> AdapterLayout:
@@ -103,13 +120,15 @@ def read_layout(weights: AdapterWeights) -> AdapterLayout:
     projection = weights.image_proj
     _check_width(weights, cross_dim)
     if "latents" in projection and "layers.0.0.to_q.weight" in projection:
-        clip_dim, tokens = _size(weights, "proj_in.weight", 1), projection["latents"].shape[1]
+        _, tokens, _ = _shape(weights, "latents", 3)
+        _, clip_dim = _shape(weights, "proj_in.weight", 2)
+        _check_resampler(weights)
         return AdapterLayout("plus", clip_dim, cross_dim, tokens, numbers, inner_dims)
     if "proj.3.weight" in projection:
-        clip_dim = _size(weights, "proj.0.weight", 1)
+        _, clip_dim = _shape(weights, "proj.0.weight", 2)
         return AdapterLayout("full_face", clip_dim, cross_dim, _FULL_FACE_TOKENS, numbers, inner_dims)
     if "proj.weight" in projection and "norm.weight" in projection:
-        rows, clip_dim = projection["proj.weight"].shape
+        rows, clip_dim = _shape(weights, "proj.weight", 2)
         return AdapterLayout("plain", clip_dim, cross_dim, rows // cross_dim, numbers, inner_dims)
     raise LunaInputError(
         f"ip_adapter_file '{weights.name}' has an image projection Luna does not know "
@@ -120,12 +139,33 @@ def read_layout(weights: AdapterWeights) -> AdapterLayout:
 
 def resampler_heads(weights: AdapterWeights) -> int:
     """Attention heads of a plus file's resampler, 64 wide each."""
-    return _size(weights, "layers.0.0.to_q.weight", 0) // _RESAMPLER_HEAD_DIM
+    return _shape(weights, "layers.0.0.to_q.weight", 2)[0] // _RESAMPLER_HEAD_DIM
 
 
 def resampler_depth(weights: AdapterWeights) -> int:
     """Layers of a plus file's resampler."""
-    return 1 + max(int(match[1]) for key in weights.image_proj if (match := re.match(r"layers\.(\d+)\.", key)))
+    return len(_layer_numbers(weights))
+
+
+def _layer_numbers(weights: AdapterWeights) -> set[str]:
+    return {key.split(".")[1] for key in weights.image_proj if key.startswith("layers.")}
+
+
+def _check_resampler(weights: AdapterWeights) -> None:
+    """Its layers are numbered from 0 without a gap, and their width is a whole number of heads."""
+    numbers = _layer_numbers(weights)
+    if len(numbers) > _MOST_LAYERS or numbers != {str(number) for number in range(len(numbers))}:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' numbers the layers of its image projection "
+            f"{', '.join(sorted(numbers)[:5])}, …: 0 to at most {_MOST_LAYERS - 1} without a gap are needed; the file "
+            "is damaged, download it again"
+        )
+    width = _shape(weights, "layers.0.0.to_q.weight", 2)[0]
+    if width % _RESAMPLER_HEAD_DIM:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' has an image projection {width} wide, which is no whole number of "
+            f"attention heads of {_RESAMPLER_HEAD_DIM}: the file is damaged or of a variant Luna does not know"
+        )
 
 
 def _refuse_unsupported(weights: AdapterWeights) -> None:
@@ -164,8 +204,13 @@ def _width_in(projection: StateDict) -> int:
 def _pairs(weights: AdapterWeights) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     found: dict[str, set[int]] = {"k": set(), "v": set()}
     for key in weights.ip_adapter:
-        if match := re.fullmatch(r"(\d+)\.to_([kv])_ip\.weight", key):
+        if match := _PAIR.fullmatch(key):
             found[match[2]].add(int(match[1]))
+        elif "to_k_ip" in key or "to_v_ip" in key:
+            raise LunaInputError(
+                f"ip_adapter_file '{weights.name}' holds ip_adapter.{key}, which is no layer Luna knows: the file is "
+                "damaged or of another kind"
+            )
     if not found["k"] or found["k"] != found["v"]:
         raise LunaInputError(
             f"ip_adapter_file '{weights.name}' holds {len(found['k'])} key and {len(found['v'])} value layers: "
@@ -188,7 +233,7 @@ _WIDTH_KEYS = ("norm_out.weight", "proj.3.weight", "norm.weight")
 
 def _check_width(weights: AdapterWeights, cross_dim: int) -> None:
     for key in _WIDTH_KEYS:
-        if key in weights.image_proj and (width := _size(weights, key, 0)) != cross_dim:
+        if key in weights.image_proj and (width := _shape(weights, key, 1)[0]) != cross_dim:
             raise LunaInputError(
                 f"ip_adapter_file '{weights.name}' projects pictures to tokens {width} wide, but its attention layers "
                 f"read {cross_dim}: the file is damaged; download it again"
@@ -201,9 +246,16 @@ def _check_width(weights: AdapterWeights, cross_dim: int) -> None:
         )
 
 
-def _size(weights: AdapterWeights, key: str, dimension: int) -> int:
-    if key not in weights.image_proj:
+def _shape(weights: AdapterWeights, key: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of a weight of the image projection that must be there and have so many dimensions."""
+    shape = tuple(weights.image_proj[key].shape) if key in weights.image_proj else None
+    if shape is None:
         raise LunaInputError(
             f"ip_adapter_file '{weights.name}' lacks image_proj.{key}: the file is damaged; download it again"
         )
-    return weights.image_proj[key].shape[dimension]
+    if len(shape) != dimensions:
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}': image_proj.{key} has shape {list(shape)}, {dimensions} dimensions are "
+            "needed: the file is damaged; download it again"
+        )
+    return shape

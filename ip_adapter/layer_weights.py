@@ -1,6 +1,5 @@
 """How strongly each attention layer and each row is anchored: named presets, single blocks and a curve by text."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,11 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from .layers import AttentionLayer
+
+_MOST = 100.0
+"""Weights lie within this of 0: larger ones are slips of the pen, and may end as infinite numbers in the model."""
+
+_PAIR = re.compile(r"\s*([0-9]{1,4}|(?:input|middle|output)(?:\.[0-9]{1,4}){0,2})\s*:\s*(\S+)\s*")
 
 _SDXL_BLOCKS = 11  # blocks with attention of SDXL; SD1.5 has 16
 
@@ -156,17 +160,17 @@ def parse_layer_weights(text: str) -> tuple[tuple[str, float], ...]:
     ("output.3") or one transformer of a block ("output.3.1").
 
     Raises:
-        LunaInputError: an entry is no pair, or its weight no finite number.
+        LunaInputError: an entry is no pair, or its weight no number or beyond reason.
     """
     pairs = []
     for entry in re.split(r"[,;\n]", text):
         if not entry.strip():
             continue
-        match = re.fullmatch(r"\s*(\d+|(?:input|middle|output)(?:\.\d+){0,2})\s*:\s*(\S+)\s*", entry)
+        match = _PAIR.fullmatch(entry)
         value = _number(match[2]) if match else None
         if match is None or value is None:
             raise LunaInputError(
-                f"layer_weights: '{entry.strip()}' is no block:weight pair. "
+                f"layer_weights: '{entry.strip()}' is no block:weight pair with a weight from -{_MOST:g} to {_MOST:g}. "
                 "Write for example 3:0.5, output.4:1.2 or middle:0"
             )
         pairs.append((match[1], value))
@@ -177,7 +181,7 @@ def parse_numbers(text: str, name: str) -> tuple[float, ...]:
     """Reads numbers separated by commas or lines; ``name`` is the input's, for messages.
 
     Raises:
-        LunaInputError: an entry is no finite number.
+        LunaInputError: an entry is no number, or one beyond reason.
     """
     values = []
     for entry in re.split(r"[,;\n]", text):
@@ -185,7 +189,10 @@ def parse_numbers(text: str, name: str) -> tuple[float, ...]:
             continue
         value = _number(entry)
         if value is None:
-            raise LunaInputError(f"{name} holds '{entry.strip()}', which is no number: write for example 1, 0.5, 0.8")
+            raise LunaInputError(
+                f"{name} holds '{entry.strip()}', which is no number from -{_MOST:g} to {_MOST:g}: "
+                "write for example 1, 0.5, 0.8"
+            )
         values.append(value)
     return tuple(values)
 
@@ -210,4 +217,4 @@ def _number(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= _MOST else None  # NaN is not

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import GroupNorm
 
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
@@ -53,6 +54,34 @@ def check_models(model: Any, vae: Any, working_px: int) -> None:
     ratio = vae.spacial_compression_encode()
     if isinstance(ratio, int) and working_px % ratio:
         raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {ratio}")
+
+
+def check_depth(model: Any, vae: Any, working_px: int, name: str, cfg: float) -> None:
+    """A UNet halves the latent level by level: what is left of it must be enough for its normalisation.
+
+    Only networks with one channel in a group of their normalisation are ever short of numbers, and only where one
+    latent is sampled by itself. PyTorch says so in the middle of a run, in words of its own.
+
+    Args:
+        model, vae: ComfyUI MODEL and VAE.
+        working_px: side of the crops or tiles, px; 0 where it is chosen among the models' own sizes.
+        name: of the input that sets it.
+        cfg: guidance; at 1 the negative prompt is left out, which otherwise stands beside the latent.
+
+    Raises:
+        LunaInputError: the innermost level would be a single px.
+    """
+    network = model.get_model_object("diffusion_model")
+    blocks = getattr(network, "input_blocks", ())
+    halvings = sum(type(part).__name__ == "Downsample" for block in blocks for part in block)
+    ratio = vae.spacial_compression_encode()
+    if not working_px or cfg != 1 or not halvings or not isinstance(ratio, int) or working_px > ratio * 2**halvings:
+        return
+    if any(norm.num_channels == norm.num_groups for norm in network.modules() if isinstance(norm, GroupNorm)):
+        raise LunaInputError(
+            f"{name} is {working_px}: of so small a crop this model's innermost layers see a single px, which they "
+            f"cannot normalise. Use more than {ratio * 2**halvings}"
+        )
 
 
 def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | None:

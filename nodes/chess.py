@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_engine import ComfyEngine
+from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_sampling import SamplingSettings
 from ..batching.drawing import draw_plan
 from ..batching.grid import TileSettings, plan_tiles
@@ -15,7 +16,7 @@ from ..batching.upscale import scale_image
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import same_aspect
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_image, check_models, check_scaffold
+from .checks import check_depth, check_image, check_models, check_scaffold
 from .refiner_inputs import (
     choose_recipe,
     color_match_input,
@@ -156,6 +157,8 @@ class LunaChessRefiner(io.ComfyNode):
             return io.NodeOutput(_scaled(image, output_scale), drawing, ui=warning)
         recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
         check_models(recipe.model, vae, tile_size)
+        check_depth(recipe.model, vae, tile_size, "tile_size", cfg)
+        check_prompts(recipe.model, recipe.conditioning)
         anchor, warnings = choose_anchor(
             recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )

@@ -8,12 +8,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.concepts import Concept, Lora
+from ..batching.lora_files import read_lora
 from ..errors import LunaInputError
+from ..weight_files import inflated_bytes
 from .checks import check_image
 from .schema import LunaConcepts, luna_schema
 
 _NO_LORA = "none"
 _KEEP = -1.0
+"""Keeps the refiner's setting. Weights of a concept end above it, so that none is taken for it."""
 
 
 class LunaConcept(io.ComfyNode):
@@ -38,7 +41,8 @@ class LunaConcept(io.ComfyNode):
                     min=-1.0,
                     max=5.0,
                     step=0.05,
-                    tooltip="Strength of the anchor for these detections; -1 keeps the refiner's.",
+                    tooltip="Strength of the anchor for these detections. -1 keeps the refiner's, so that weights of "
+                    "its own lie above -1, such as -0.95.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -90,7 +94,7 @@ class LunaConcept(io.ComfyNode):
             match,
             positive,
             negative,
-            None if ip_adapter_weight == _KEEP else ip_adapter_weight,
+            None if ip_adapter_weight <= _KEEP else ip_adapter_weight,
             None if denoise < 0 else denoise,
             _load_lora(lora, strength),
             image,
@@ -105,12 +109,17 @@ def _load_lora(name: str, strength: float) -> Lora | None:
     if path is None:
         raise LunaInputError(f"lora '{name}' is not in models/loras: put it there and press R")
     try:
-        return Lora(name, comfy.utils.load_torch_file(path, safe_load=True), strength)
+        if claimed := inflated_bytes(path):
+            raise LunaInputError(f"lora '{name}' is packed and would grow to {claimed} bytes: get it as .safetensors")
+        state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+    except LunaInputError:
+        raise
     except Exception as error:
         # The loaders raise many kinds of error; the reason is passed on in full.
         raise LunaInputError(
             f"lora '{name}' cannot be read, the file is incomplete or damaged: download it again ({error})"
         ) from error
+    return Lora(name, read_lora(state_dict, name), strength)
 
 
 NODES = (LunaConcept,)

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from ..batching.blend import BLENDS
 from ..batching.comfy_engine import ComfyEngine
+from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_sampling import SamplingSettings
 from ..batching.concepts import Concept
 from ..batching.crops import cut, resample
 from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
 from ..batching.refine import PasteSettings, refine
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_image, check_models, check_scaffold, fitted
+from .checks import check_depth, check_image, check_models, check_scaffold, fitted
 from .refiner_inputs import (
     choose_recipe,
     color_match_input,
@@ -166,6 +167,8 @@ class LunaSemanticDetailer(io.ComfyNode):
             return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
         recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
         check_models(recipe.model, vae, crop_size)
+        check_depth(recipe.model, vae, crop_size, "crop_size", cfg)
+        check_prompts(recipe.model, recipe.conditioning, concepts)
         anchor, warnings = choose_anchor(
             recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )

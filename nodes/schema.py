@@ -6,6 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..texts import inert, readable
+
 log = logging.getLogger("luna")
 
 LunaDetections = io.Custom("LUNA_DETECTIONS")
@@ -28,13 +30,17 @@ def luna_schema(*, search_aliases: list[str] | None = None, **fields: Any) -> io
 def notice(*lines: str) -> dict[str, tuple[str, ...]]:
     """Shows ``lines`` on the node that is running and logs them as warnings.
 
+    Lines quote labels and patterns, which come from anywhere: in the log they stay on their line, on the node they
+    are no HTML.
+
     Returns the node's ``ui`` dict, so that the same text stands in the queue's history for API clients.
     Without a server (a node called from Python) only the log and the returned dict carry it.
     """
-    for line in lines:
-        log.warning(line)
-    _show_on_node("\n".join(lines))
-    return {"text": tuple(lines)}
+    shown = tuple(map(readable, lines))
+    for line in shown:
+        log.warning("%s", line)
+    _show_on_node("\n".join(map(inert, shown)))
+    return {"text": shown}
 
 
 def _show_on_node(text: str) -> None:

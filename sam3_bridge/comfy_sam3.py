@@ -28,6 +28,9 @@ BYTES_PER_CONCEPT = 400 * 2**20
 BYTES_PER_PICTURE = 2 * 2**30
 """Activations of the vision encoder at 1008 px, generously."""
 
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Left out, transformers would ask on the terminal whether to run a folder's code."""
+
 _PREFIX = "detector_model."
 """Of the weights that stand next to the tracker's in the published file."""
 
@@ -81,9 +84,9 @@ def load_sam3(path: Path, config: Any = None) -> Sam3:
             processor = _published_processor(processor_class)
         else:
             model, info = model_class.from_pretrained(
-                path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                path, **_LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
-            processor = processor_class.from_pretrained(path, local_files_only=True)
+            processor = processor_class.from_pretrained(path, **_LOCAL)
     except LunaInputError:
         raise
     except SafetensorError as error:
@@ -91,7 +94,8 @@ def load_sam3(path: Path, config: Any = None) -> Sam3:
             f"sam3_model '{path.name}': the weights are damaged or not downloaded to the end ({error}). "
             "Download them again"
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
+        # transformers raises many kinds of error over settings that fit nothing; the reason is passed on in full.
         raise LunaInputError(
             f"sam3_model '{path.name}' cannot be loaded: its files do not fit each other or transformers "
             f"({type(error).__name__}: {error}). {HOW_TO_GET}"
@@ -277,7 +281,7 @@ def _published_processor(processor_class: Any) -> Any:
     from transformers.models.sam3.image_processing_sam3 import Sam3ImageProcessor
 
     folder = os.path.join(os.path.dirname(comfy.sd1_clip.__file__), "sd1_tokenizer")
-    return processor_class(Sam3ImageProcessor(), CLIPTokenizer.from_pretrained(folder, local_files_only=True))
+    return processor_class(Sam3ImageProcessor(), CLIPTokenizer.from_pretrained(folder, **_LOCAL))
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:

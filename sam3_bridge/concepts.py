@@ -50,8 +50,10 @@ def _concept(entry: str, name: str) -> Concept:
         raise LunaInputError(f"{name}: '{entry}' holds no words: write for example face:9 or -hand")
     limit = 0
     if ":" in entry:
-        if not re.fullmatch(r"\s*[1-9][0-9]*\s*", count):
-            raise LunaInputError(f"{name}: '{entry}' needs a whole number above 0 after the colon, for example face:9")
+        if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*", count):
+            raise LunaInputError(
+                f"{name}: '{entry}' needs a whole number from 1 to 999999 after the colon, for example face:9"
+            )
         limit = int(count)
     if excluded and limit:
         raise LunaInputError(f"{name}: '{entry}' leaves something out, so it can have no limit: write -{words}")

@@ -1,32 +1,18 @@
 """Detections as pictures: one mask for a picture or for each detection, and a drawing with boxes, labels and scores."""
 
 import colorsys
-from contextlib import suppress
-from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..lettering import letter
 from .detections import Detection, Detections, outward_px, rasterise
 
 FILL = 0.4
 """How much of its colour a mask puts over the picture."""
-
-SYSTEM_FONTS = (
-    "DejaVuSans.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "arial.ttf",
-    "msyh.ttc",
-    "msgothic.ttc",
-    "malgun.ttf",
-    "Arial Unicode.ttf",
-)
-"""Fonts of Linux, Windows and macOS for letters that Pillow's own font lacks; those not installed are skipped."""
-
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def union_masks(detections: Detections) -> Tensor:
@@ -119,36 +105,12 @@ def _draw_tag(
     draw: ImageDraw.ImageDraw, row: int, item: Detection, size: float, stroke: int, width: int, height: int
 ) -> None:
     """Row number, label and score on a plate of the row's colour: on top of the box, or inside for lack of room."""
-    font, label = _legible(item.label, size)
-    text = " ".join(part for part in (str(row), label, f"{item.score:.2f}") if part)
+    text = letter(" ".join(part for part in (str(row), item.label, f"{item.score:.2f}") if part), size)
+    left, top, right, bottom = text.box
     margin = 2 * stroke + 1
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     plate_width, plate_height = right - left + 2 * margin, bottom - top + 2 * margin
     x1, y1, _, _ = _inside(item, width, height)
     x = max(0, min(x1, width - plate_width))
     y = y1 - plate_height if y1 >= plate_height else min(y1, max(0, height - plate_height))
     draw.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=row_colour(row))
-    draw.text((x + margin - left, y + margin - top), text, fill=(16, 16, 20), font=font)
-
-
-def _legible(label: str, size: float) -> tuple[Font, str]:
-    """A font that has every letter of a label; where there is none, Pillow's own and the letters it has."""
-    fonts = _fonts(size)
-    for font in fonts:
-        if all(_has(font, letter) for letter in label):
-            return font, label
-    return fonts[0], "".join(letter for letter in label if _has(fonts[0], letter)).strip()
-
-
-@lru_cache(maxsize=8)
-def _fonts(size: float) -> tuple[Font, ...]:
-    fonts: list[Font] = [ImageFont.load_default(size=size)]
-    for name in SYSTEM_FONTS:
-        with suppress(OSError):  # not installed here
-            fonts.append(ImageFont.truetype(name, size))
-    return tuple(fonts)
-
-
-def _has(font: Font, letter: str) -> bool:
-    """Whether a font draws a letter otherwise than one that no font has."""
-    return bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
+    text.draw(draw, (x + margin - left, y + margin - top), fill=(16, 16, 20))

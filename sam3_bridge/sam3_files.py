@@ -1,11 +1,10 @@
 """Where SAM3 lies on disk: which folders and files can be chosen, and what is wrong with the others."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ..errors import LunaInputError
+from .sam3_settings import check_settings, read_settings
 
 NEEDED_TRANSFORMERS = "5.0"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -32,21 +31,26 @@ def find_model(name: str, folders: Iterable[str]) -> Path:
     """The folder or file of a name that ``list_models`` gave.
 
     Raises:
-        LunaInputError: there is none of this name, or it leads outside the model folders.
+        LunaInputError: no model folder has an entry of this name.
     """
     for folder in map(Path, folders):
-        path = folder / name
-        if name and Path(name).name == name and path.exists():
-            return path
+        # by looking for it, not by joining names: "..", separators and absolute names are no entry of any folder
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if entry.name == name and entry.exists():
+                return entry
     raise LunaInputError(f"sam3_model '{name}' is not in models/sam3. {HOW_TO_GET}")
 
 
 def check_folder(path: Path) -> None:
-    """Raises LunaInputError unless a folder holds a SAM3 in the layout of transformers, whole as far as names tell."""
+    """Raises LunaInputError unless a folder holds a SAM3 in the layout of transformers, whole as far as names tell.
+
+    Its settings must be those of a SAM3 and nothing else, see ``sam3_settings``.
+    """
     if not path.is_dir():
         raise LunaInputError(f"sam3_model '{path.name}' is no folder. {HOW_TO_GET}")
-    config = _read_config(path)
-    kind = config.get("model_type")
+    if not (path / CONFIG).is_file():
+        raise LunaInputError(f"sam3_model '{path.name}' lacks {CONFIG}. {HOW_TO_GET}")
+    kind = read_settings(path, CONFIG).get("model_type")
     if kind not in _MODEL_TYPES:
         raise LunaInputError(f"sam3_model '{path.name}' holds a model of the type '{kind}', not SAM3. {HOW_TO_GET}")
     missing = []
@@ -58,19 +62,8 @@ def check_folder(path: Path) -> None:
         missing.append("tokenizer.json")
     if missing:
         raise LunaInputError(f"sam3_model '{path.name}' lacks {', '.join(missing)}. {HOW_TO_GET}")
+    check_settings(path, INDEX)
 
 
 def _is_model(entry: Path) -> bool:
     return (entry / CONFIG).is_file() or (entry.is_file() and entry.suffix == ".safetensors")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LunaInputError(f"sam3_model '{path.name}' lacks {CONFIG}. {HOW_TO_GET}") from error
-    except (OSError, ValueError) as error:
-        raise LunaInputError(f"sam3_model '{path.name}': {CONFIG} cannot be read ({error})") from error
-    if not isinstance(config, dict):
-        raise LunaInputError(f"sam3_model '{path.name}': {CONFIG} holds no settings")
-    return config

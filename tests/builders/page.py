@@ -18,6 +18,7 @@ EXAMPLE_PICTURE = "example.png"  # ships in the input folder of every ComfyUI; t
 _SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the first visit opens the templates
     "Comfy.Workflow.ShowMissingModelsWarning": False,  # the published models are not here
+    "Comfy.Window.UnloadConfirmation": False,  # a changed graph is left without a question
 }
 _OPTIONAL_FILES = ("/user.css", "/api/userdata")  # asked for by the page itself; a new user has none
 _BEFORE_START = """

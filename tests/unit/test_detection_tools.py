@@ -14,7 +14,6 @@ from luna_refinement.nodes.detection_tools import (
     LunaDetectionsPreview,
     LunaDetectionsToMask,
 )
-from luna_refinement.sam3_bridge import preview
 from luna_refinement.sam3_bridge.detections import Detection, Detections
 from luna_refinement.sam3_bridge.preview import draw_detections, row_colour
 from luna_refinement.sam3_bridge.select import (
@@ -217,25 +216,6 @@ def test_drawing_tints_masks_frames_boxes_and_leaves_the_rest() -> None:
     for y, x in ((100, 150), (199, 150), (150, 100), (150, 199)):
         assert torch.allclose(drawn[1, y, x], colour, atol=0.01)
     assert torch.allclose(drawn[1, 290, 390], image[1, 0, 0, :3], atol=0.01)
-
-
-def test_labels_of_any_script_are_drawn_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's own font has Latin letters only; boxes in the place of letters would tell nothing."""
-
-    def tag(label: str) -> torch.Tensor:
-        found = Detections((Detection(0, (10, 60, 100, 100), label=label),), 300, 200)
-        return draw_detections(torch.zeros(1, 200, 300, 3), found)
-
-    monkeypatch.setattr(preview, "SYSTEM_FONTS", ())
-    preview._fonts.cache_clear()
-    assert torch.equal(tag("顔"), tag(""))
-    assert torch.equal(tag("рука"), tag(""))
-    assert torch.equal(tag("face 顔"), tag("face"))
-    monkeypatch.setattr(preview, "SYSTEM_FONTS", ("DejaVuSans.ttf", "no such font"))
-    preview._fonts.cache_clear()
-    if len(preview._fonts(12)) > 1:
-        assert not torch.equal(tag("рука"), tag("лицо"))
-    preview._fonts.cache_clear()
 
 
 @pytest.mark.parametrize("side", [256, 1024, 4096])

@@ -69,7 +69,7 @@ def uncut(refined: Tensor, crop: Box, window: Box) -> Tensor:
             planes = _resized(planes, planes.shape[-2], crop.width)[..., part.x1 : part.x2]
         else:
             planes = _resized(planes, crop.height, planes.shape[-1])[..., part.y1 : part.y2, :]
-    return planes[0].movedim(0, -1).clamp(0, 1)
+    return planes[0].movedim(0, -1).clamp_(0, 1)
 
 
 def paste(canvas: Tensor, refined: Tensor, crop: Box, region: Box, weights: Tensor) -> None:

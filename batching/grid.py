@@ -119,12 +119,12 @@ def plan_tiles(width: int, height: int, image_count: int, settings: TileSettings
     passes: list[list[int]] = [[] for _ in range(max(turns) + 1)]
     for row, turn in enumerate(turns * image_count):
         passes[turn].append(row)
-    batch = (
+    others = (
         replace(region, row=image_index * len(regions) + region.row, image_index=image_index)
-        for image_index in range(image_count)
+        for image_index in range(1, image_count)
         for region in regions
     )
-    return RefinePlan(width, height, image_count, tuple(batch), tuple(map(tuple, passes)))
+    return RefinePlan(width, height, image_count, (*regions, *others), tuple(map(tuple, passes)))
 
 
 def _neighbours(spans: Sequence[Span]) -> list[range]:

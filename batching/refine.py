@@ -167,10 +167,15 @@ def _encode(
         crops = crops_of(part, canvas)
         latents.append(engine.encode(crops, part))
         if before is not None:
-            for region, crop in zip(part, crops, strict=True):
-                fit_into(before[region.row], crop)
+            _keep(before, part, crops)
         del crops  # or two batches of them would be held while the next is cut
     return EncodedRows(tuple(regions), _finite(torch.cat(latents), "encoding the crops with vae"), anchors)
+
+
+def _keep(frames: Tensor, regions: Sequence[Region], crops: Tensor) -> None:
+    """Writes crops [n,h,w,3] to their rows of a batch [N,H,W,3]."""
+    for region, crop in zip(regions, crops, strict=True):
+        fit_into(frames[region.row], crop)
 
 
 def _decode(regions: Sequence[Region], sampled: dict[int, Tensor], engine: Engine) -> Iterator[tuple[Region, Tensor]]:

@@ -1,9 +1,11 @@
 """Plans of regions: what is cut at extreme shapes, what users are told of sizes, seeds, passes of overlapping ones."""
 
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from builders.detections import PlainDetection
 from builders.engines import ExactEngine
 from hypothesis import given, settings
@@ -191,3 +193,31 @@ class TestWaves:
         drawn = region.weights.draw(region.paste)
         assert 0 < float(drawn.max()) <= 1
         assert time.process_time() - start < 4
+
+
+def moved(width: int, height: int, ratio: int, cell_px: int) -> float:
+    """How far a tile moves, px, on a VAE that takes whole latent px only and cuts the rest off on all sides.
+
+    That is what ComfyUI's VAE does to a picture whose sides are no multiples of its ratio.
+    """
+
+    class CoarseEngine(ExactEngine):
+        def encode(self, crops: torch.Tensor, regions: Sequence[Region]) -> torch.Tensor:
+            for dim in (1, 2):
+                rest = crops.shape[dim] % ratio
+                crops = crops.narrow(dim, rest // 2, crops.shape[dim] - rest)
+            return F.pixel_unshuffle(crops.movedim(-1, 1), ratio)
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return F.pixel_shuffle(latents, ratio).movedim(1, -1)
+
+    slope = 1 / max(width, height)
+    ramp = (torch.arange(height)[:, None] * slope)[None, :, :, None].expand(1, height, width, 3)
+    tiles = plan_tiles(width, height, 1, TileSettings(512, cell_px=cell_px), seed=0)
+    return float((refine(ramp, tiles, CoarseEngine()).image - ramp).abs().max()) / slope
+
+
+@pytest.mark.parametrize(("ratio", "side"), [(16, 264), (32, 280), (16, 1080 // 4)])
+def test_a_tile_stays_in_its_place_on_any_vae(ratio: int, side: int) -> None:
+    assert moved(side, side, ratio, cell_px=ratio) < 1e-3
+    assert moved(side, side, ratio, cell_px=8) > 2  # what grids of 8 px do to it

@@ -55,7 +55,8 @@ class LunaSemanticDetailer(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Side in px at which each square crop is refined; regions are scaled to it and back. "
+                    tooltip="Side in px at which each crop, a square or a strip where the picture is narrower, is "
+                    "refined; regions are scaled to it and back. "
                     f"0 = automatic: {', '.join(map(str, AUTO_SIZES))}, one batch per size: small regions cost less, "
                     f"and larger ones get up to {LARGER_AUTO_SIZES[-1]} where the model fits in memory with them.",
                 ),

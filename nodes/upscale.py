@@ -116,7 +116,11 @@ class LunaNoiseScaffold(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="Take size and batch of this picture."),
             ],
             outputs=[
-                io.Latent.Output("noise_scaffold", display_name="noise_scaffold", tooltip="Noise, one per picture.")
+                io.Latent.Output(
+                    "noise_scaffold",
+                    display_name="noise_scaffold",
+                    tooltip="Noise, the same for each picture of a batch.",
+                )
             ],
         )
 

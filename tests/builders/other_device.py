@@ -27,7 +27,7 @@ class OtherDeviceTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OtherDeviceTensor":
-        tensor = torch.Tensor._make_wrapper_subclass(
+        tensor: Any = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), dtype=held.dtype, device=OTHER
         )
         tensor.held = held

@@ -92,7 +92,7 @@ def mask_weights(mask: Tensor, feather_px: int, outward_px: int) -> Array:
         moved = [np.roll(wide, step, axis) for step in range(-abs(shift), abs(shift) + 1)]
         wide = np.maximum.reduce(moved) if shift >= 0 else np.minimum.reduce(moved)
     for axis in (0, 1):
-        wide = sum(share * np.roll(wide, int(tap), axis) for share, tap in zip(kernel, taps, strict=True))
+        wide = np.sum([share * np.roll(wide, int(tap), axis) for share, tap in zip(kernel, taps, strict=True)], axis=0)
     inner = slice(feather_px + 1, -(feather_px + 1))
     return np.asarray(wide[inner, inner].clip(0, 1))
 

@@ -11,7 +11,7 @@ from builders.engines import ExactEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.blend import BLENDS
-from luna_refinement.batching.color import COLOR_MATCHES
+from luna_refinement.batching.color import COLOR_MATCHES, ColorMatch
 from luna_refinement.batching.geometry import picture_box
 from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
 from luna_refinement.batching.plan import (
@@ -144,7 +144,7 @@ def test_any_regions_are_refined_and_nothing_else_changes(
 
 @many
 @given(tile_plans(), st.sampled_from(COLOR_MATCHES))
-def test_the_shares_of_any_grid_add_up_to_one(case: tuple[Tensor, RefinePlan], color_match: str) -> None:
+def test_the_shares_of_any_grid_add_up_to_one(case: tuple[Tensor, RefinePlan], color_match: ColorMatch) -> None:
     image, plan = case
     check_plan(image, plan)
     black = torch.zeros_like(image)

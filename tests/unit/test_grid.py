@@ -12,7 +12,7 @@ from luna_refinement.batching.geometry import Box, picture_box
 from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles, spans
 from luna_refinement.batching.plan import RefinePlan, Region, even_chunk
 from luna_refinement.batching.refine import refine
-from luna_refinement.batching.weights import TileWeights
+from luna_refinement.batching.weights import SharedWeights, TileWeights
 from luna_refinement.errors import LunaInputError
 
 tile_settings = st.builds(
@@ -116,6 +116,11 @@ def test_the_weights_of_neighbours_of_two_passes_add_up_to_one_or_more_at_every_
             assert torch.stack(drawn).amax(0).min() == 1
 
 
+def shared(region: Region) -> SharedWeights:
+    assert isinstance(region.weights, SharedWeights)
+    return region.weights
+
+
 def brute_rivals(plan: RefinePlan, region: Region) -> tuple[list[TileWeights], list[TileWeights]]:
     turn = next(rows for rows in plan.passes if region.row in rows)
     met = [
@@ -123,7 +128,7 @@ def brute_rivals(plan: RefinePlan, region: Region) -> tuple[list[TileWeights], l
         for row in turn
         if plan.regions[row].image_index == region.image_index and plan.regions[row].crop.overlaps(region.crop)
     ]
-    return [r.weights.own for r in met if r.row < region.row], [r.weights.own for r in met if r.row > region.row]
+    return [shared(r).own for r in met if r.row < region.row], [shared(r).own for r in met if r.row > region.row]
 
 
 @settings(max_examples=30, deadline=None)
@@ -136,8 +141,8 @@ def test_tiles_know_every_tile_of_their_pass_that_they_meet(
     assert sorted(row for rows in plan.passes for row in rows) == list(range(len(plan.regions)))
     for region in plan.regions:
         earlier, later = brute_rivals(plan, region)
-        assert list(region.weights.earlier) == earlier
-        assert list(region.weights.later) == later
+        assert list(shared(region).earlier) == earlier
+        assert list(shared(region).later) == later
 
 
 def test_a_hundred_thousand_tiles_are_planned_drawn_and_described_in_seconds() -> None:

@@ -144,4 +144,6 @@ def test_a_large_region_pasted_in_parts_is_the_region_pasted_at_once(
         monkeypatch.setattr(f"luna_refinement.batching.{module}.WINDOW_PX", 2000)
     parts = refine(image, plan, engine_that_gives(crops), PasteSettings(blend, "wavelet"))
     assert (once.image - parts.image).abs().max() < 1e-6
+    assert once.mask is not None
+    assert parts.mask is not None
     assert (once.mask - parts.mask).abs().max() < 1e-6

@@ -24,6 +24,7 @@ from luna_refinement.batching.plan import (
     size_notices,
 )
 from luna_refinement.batching.refine import refine
+from luna_refinement.batching.weights import MaskWeights
 
 BoxPx = tuple[float, float, float, float]
 
@@ -188,6 +189,7 @@ class TestWaves:
     def test_a_feather_of_a_thousand_px_is_drawn_in_seconds(self) -> None:
         found = [PlainDetection((300, 300, 1700, 1700), mask=torch.rand(64, 64))]
         (region,) = plan_detections(found, 2048, 2048, 1, CropSettings(1024, 0.3, 1024), seed=0).regions
+        assert isinstance(region.weights, MaskWeights)
         assert region.weights.feather_px > 500
         start = time.process_time()
         drawn = region.weights.draw(region.paste)

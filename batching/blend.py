@@ -23,10 +23,16 @@ def multiband(background: Tensor, foreground: Tensor, weights: Tensor) -> Tensor
         [H,W,3] in 0..1. Where the weight is 0 the caller keeps the background itself: the blend of the coarse
         bands reaches past the mask's edge.
     """
+    blended = torch.empty(3, *weights.shape)  # one colour after the other: a pyramid takes several times its picture
+    for colour, back, fore in zip(blended, background.unbind(-1), foreground.unbind(-1), strict=True):
+        colour.copy_(_blend_plane(back, fore, weights))
+    return blended.movedim(0, -1)
+
+
+def _blend_plane(background: Tensor, foreground: Tensor, weights: Tensor) -> Tensor:
+    """[H,W] in 0..1, of one colour."""
     bands = min(MOST_BANDS, max(1, min(weights.shape).bit_length() - 3))
-    back = _planes(background)
-    fore = _planes(foreground)
-    share = weights[None, None].to(back)
+    back, fore, share = (plane[None, None].float() for plane in (background, foreground, weights))
     blended: list[Tensor] = []
     for _ in range(bands):
         smaller_back, smaller_fore, smaller_share = _halve(back), _halve(fore), _halve(share)
@@ -36,11 +42,7 @@ def multiband(background: Tensor, foreground: Tensor, weights: Tensor) -> Tensor
     picture = torch.lerp(back, fore, share)
     for band in reversed(blended):
         picture = band + _grow(picture, band)
-    return picture[0].movedim(0, -1).clamp(0, 1)
-
-
-def _planes(image: Tensor) -> Tensor:
-    return image.movedim(-1, 0)[None]
+    return picture[0, 0].clamp(0, 1)
 
 
 def _halve(planes: Tensor) -> Tensor:

@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Box
+from .geometry import Box, picture_box
+
+WINDOW_PX = 4 * 1024**2
+"""px of the picture that are pasted, or drawn as a weight, at a time: what a large region needs beside the canvas."""
 
 
 def reflected(start: int, stop: int, limit: int) -> Tensor:
@@ -21,19 +24,52 @@ def resample(image: Tensor, height: int, width: int) -> Tensor:
     """Resamples one image [H,W,C] in 0..1 to [height,width,C]: antialiased bicubic, clamped to 0..1."""
     if tuple(image.shape[:2]) == (height, width):
         return image
-    planes = image.movedim(-1, 0)[None].contiguous()  # planes are resampled twice as fast as interleaved colours
-    planes = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return planes[0].movedim(0, -1).clamp_(0, 1)
+    return _resized(_planes(image), height, width)[0].movedim(0, -1).clamp_(0, 1)
 
 
 def cut(image: Tensor, crop: Box, height: int, width: int) -> Tensor:
     """Cuts ``crop`` out of one image [H,W,C] and resamples it to [height,width,C]; px past the border are mirrored."""
     rows, columns = image.shape[:2]
-    if crop.x1 >= 0 and crop.y1 >= 0 and crop.x2 <= columns and crop.y2 <= rows:
-        window = image[crop.y1 : crop.y2, crop.x1 : crop.x2]
-    else:
-        window = image[reflected(crop.y1, crop.y2, rows)][:, reflected(crop.x1, crop.x2, columns)]
+    inside = crop.intersect(picture_box(columns, rows))
+    window = image[inside.y1 : inside.y2, inside.x1 : inside.x2]
+    if inside == crop:
+        return resample(window, height, width)
+    # A side that lies in the picture is scaled first, so that mirroring the other one never makes a picture larger
+    # than this one and the crop together.
+    if inside.width == crop.width:
+        window = resample(window, inside.height, width)
+    elif inside.height == crop.height:
+        window = resample(window, height, inside.width)
+    if inside.height < crop.height:
+        window = window[reflected(crop.y1, crop.y2, rows)]
+    if inside.width < crop.width:
+        window = window[:, reflected(crop.x1, crop.x2, columns)]
     return resample(window, height, width)
+
+
+def uncut(refined: Tensor, crop: Box, window: Box) -> Tensor:
+    """The part of a refined crop that lies on ``window``, at the picture's own size.
+
+    Args:
+        refined: [h,w,C], the whole crop at its working size.
+        crop: where the crop lies on the picture, px.
+        window: inside the crop, px of the picture.
+
+    Returns:
+        [window.height, window.width, C].
+    """
+    part = window.relative_to(crop)
+    if tuple(refined.shape[:2]) == (crop.height, crop.width):
+        return refined[part.y1 : part.y2, part.x1 : part.x2]
+    planes = _planes(refined)
+    # the side that is mirrored past the picture first: what is cut off of it is not scaled along the other one
+    sides = ("rows", "columns") if crop.y1 < 0 else ("columns", "rows")
+    for side in sides:
+        if side == "columns":
+            planes = _resized(planes, planes.shape[-2], crop.width)[..., part.x1 : part.x2]
+        else:
+            planes = _resized(planes, crop.height, planes.shape[-1])[..., part.y1 : part.y2, :]
+    return planes[0].movedim(0, -1).clamp_(0, 1)
 
 
 def paste(canvas: Tensor, refined: Tensor, crop: Box, region: Box, weights: Tensor) -> None:
@@ -46,7 +82,25 @@ def paste(canvas: Tensor, refined: Tensor, crop: Box, region: Box, weights: Tens
         region: the part of the crop to write, inside the picture, px.
         weights: [region.height, region.width] in 0..1; where it is 0 the canvas keeps its bits.
     """
-    window = region.relative_to(crop)
-    full = resample(refined, crop.height, crop.width)[window.y1 : window.y2, window.x1 : window.x2]
     target = canvas[region.y1 : region.y2, region.x1 : region.x2]
-    target.lerp_(full.to(target), weights.to(target)[..., None])
+    target.lerp_(uncut(refined, crop, region).to(target), weights.to(target)[..., None])
+
+
+def fit_into(frame: Tensor, crop: Tensor) -> None:
+    """Writes a crop [h,w,C] into the middle of a frame [H,W,C], as large as its aspect allows."""
+    height, width = frame.shape[:2]
+    scale = min(height / crop.shape[0], width / crop.shape[1])
+    rows, columns = (min(round(side * scale), room) for side, room in zip(crop.shape, (height, width), strict=False))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    frame[top : top + rows, left : left + columns] = resample(crop, rows, columns)
+
+
+def _planes(image: Tensor) -> Tensor:
+    """[H,W,C] as [1,C,H,W]; planes are resampled twice as fast as interleaved colours."""
+    return image.movedim(-1, 0)[None].contiguous()
+
+
+def _resized(planes: Tensor, height: int, width: int) -> Tensor:
+    if tuple(planes.shape[-2:]) == (height, width):
+        return planes
+    return F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)

@@ -16,6 +16,9 @@ from .plan import RefinePlan, Region, even_chunk
 LONGEST_SIDE = 1536
 """px of the longer side of the drawing; larger pictures are scaled down to it."""
 
+LEAST_LABELLED = 12
+"""px of the drawing: smaller crops get no number, which would cover their neighbours too."""
+
 
 def draw_plan(image: Tensor, plan: RefinePlan) -> Tensor:
     """Draws every region of a plan over its picture, one colour per pass.
@@ -30,24 +33,25 @@ def draw_plan(image: Tensor, plan: RefinePlan) -> Tensor:
     scale = min(1.0, LONGEST_SIDE / max(plan.width, plan.height))
     size = (max(1, round(plan.height * scale)), max(1, round(plan.width * scale)))
     pass_of = {row: number for number, rows in enumerate(plan.passes) for row in rows}
-    return torch.stack(
-        [
-            _draw_one(resample(image[index, ..., :3].float(), *size), plan, index, pass_of, scale)
-            for index in range(plan.image_count)
-        ]
-    )
+    on_picture: list[list[Region]] = [[] for _ in range(plan.image_count)]
+    for region in plan.regions:
+        on_picture[region.image_index].append(region)
+    drawn = [
+        _draw_one(resample(picture.float(), *size), regions, pass_of, scale)
+        for picture, regions in zip(image[..., :3].cpu(), on_picture, strict=True)
+    ]
+    return torch.stack(drawn).to(image.device)
 
 
-def _draw_one(picture: Tensor, plan: RefinePlan, index: int, pass_of: dict[int, int], scale: float) -> Tensor:
+def _draw_one(picture: Tensor, regions: list[Region], pass_of: dict[int, int], scale: float) -> Tensor:
     dimmed = Image.fromarray((picture * 0.55 * 255).round().to(torch.uint8).numpy()).convert("RGBA")
     fills = Image.new("RGBA", dimmed.size)
     lines = Image.new("RGBA", dimmed.size)
     fill, line = ImageDraw.Draw(fills), ImageDraw.Draw(lines)
     stroke = max(1, round(max(dimmed.size) / 500))
     size = max(10, max(dimmed.size) / 45)
-    for region in plan.regions:
-        if region.image_index == index:
-            _draw_region(fill, line, region, pass_of[region.row], scale, stroke, size)
+    for region in regions:
+        _draw_region(fill, line, region, pass_of[region.row], scale, stroke, size)
     drawn = Image.alpha_composite(Image.alpha_composite(dimmed, fills), lines).convert("RGB")
     return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
 
@@ -66,6 +70,8 @@ def _draw_region(
     paste = tuple(value * scale for value in (region.paste.x1, region.paste.y1, region.paste.x2, region.paste.y2))
     fill.rectangle(paste, fill=(*colour, 70))
     line.rectangle(crop, outline=(*colour, 255), width=stroke)
+    if max(crop[2] - crop[0], crop[3] - crop[1]) < LEAST_LABELLED:
+        return
     text = letter(f"{region.row} {region.label}".strip(), size)
     left, top = max(crop[0], 0) + 3 * stroke, max(crop[1], 0) + 2 * stroke
     box = tuple(value + start for value, start in zip(text.box, (left, top) * 2, strict=True))
@@ -111,7 +117,7 @@ def describe(
         name = f" {readable(region.label)}" if region.label else ""
         lines.append(
             f"row {region.row}{name}: picture {region.image_index}, crop {crop.width}x{crop.height} px at "
-            f"({crop.x1}, {crop.y1}), refined at {region.working_width}x{region.working_height} px, "
-            f"score {region.score:.2f}"
+            f"({crop.x1}, {crop.y1}), refined at {region.working_width}x{region.working_height} px "
+            f"({region.scale:.2f} of its size), score {region.score:.2f}"
         )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""Whole-pixel boxes and the squares that are cut around regions; pure integers, no tensors."""
+"""Whole-pixel boxes and the crops that are cut around regions; pure integers, no tensors."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 class Box:
     """A half-open rectangle in whole px of the picture: columns ``x1..x2-1``, rows ``y1..y2-1``.
 
-    It may reach past the picture where a crop is larger than the picture (those px are reflected).
+    It may reach past the picture where a crop needs more px than the picture has (those px are reflected).
     """
 
     x1: int
@@ -45,6 +46,18 @@ class Box:
         """The same box measured from the corner of ``origin``."""
         return Box(self.x1 - origin.x1, self.y1 - origin.y1, self.x2 - origin.x1, self.y2 - origin.y1)
 
+    def strips(self, px: int) -> Iterator["Box"]:
+        """The box in upright strips of at most ``px`` px each (at least one column), from left to right."""
+        step = max(1, px // self.height)
+        for x in range(self.x1, self.x2, step):
+            yield Box(x, self.y1, min(x + step, self.x2), self.y2)
+
+    def bands(self, px: int) -> Iterator["Box"]:
+        """The box in bands of whole rows of at most ``px`` px each (at least one row), from top to bottom."""
+        step = max(1, px // self.width)
+        for y in range(self.y1, self.y2, step):
+            yield Box(self.x1, y, self.x2, min(y + step, self.y2))
+
     @staticmethod
     def around(box: tuple[float, float, float, float]) -> "Box":
         """The smallest whole-px box that holds ``box`` (xyxy px, fractional)."""
@@ -66,22 +79,58 @@ def place_span(centre: float, length: int, limit: int) -> tuple[int, int]:
     return start, start + length
 
 
-def square_around(target: Box, padding: float, min_side: int, width: int, height: int) -> Box:
-    """The square crop for ``target``: its longer side, plus ``padding`` times that side on each side.
+def crop_around(target: Box, padding: float, min_side: int, width: int, height: int) -> Box:
+    """The crop for ``target``: a square of its longer side, plus ``padding`` times that side on each side.
 
-    The square holds the whole target; at the picture's border it shifts inward, and only a square larger than
-    the picture reaches past it (to be reflected).
+    The crop holds the whole target; at the picture's border it shifts inward. Where the picture is smaller than the
+    square, the crop ends with the picture and is no square; only a side below ``min_side`` reaches past it.
 
     Args:
         target: the region, inside the picture, px.
         padding: fraction of the longer side added at each side.
-        min_side: smallest side of the square, px.
+        min_side: smallest side of the crop, px.
         width, height: picture size, px.
     """
     longer = max(target.width, target.height)
     side = max(math.ceil(longer * (1 + 2 * padding)), min_side)
-    x1, x2 = place_span((target.x1 + target.x2) / 2, side, width)
-    y1, y2 = place_span((target.y1 + target.y2) / 2, side, height)
+    x1, x2 = place_span((target.x1 + target.x2) / 2, min(side, max(width, min_side)), width)
+    y1, y2 = place_span((target.y1 + target.y2) / 2, min(side, max(height, min_side)), height)
+    return Box(x1, y1, x2, y2)
+
+
+def ceil_to(px: float, multiple: int) -> int:
+    """``px`` rounded up to a multiple; what only rounding of floats lies above one counts as that one."""
+    return math.ceil(px / multiple - 1e-9) * multiple
+
+
+def working_size(crop: Box, longer_px: int, least_px: int, multiple: int) -> tuple[int, int]:
+    """(height, width) px at which a crop is refined: its longer side at ``longer_px``, the other in proportion.
+
+    Args:
+        crop: px of the picture.
+        longer_px: a multiple of ``multiple``.
+        least_px: smallest side, as far as it does not exceed ``longer_px``.
+        multiple: sides are rounded up to multiples of it.
+    """
+    scale = longer_px / max(crop.width, crop.height)
+
+    def worked(side: int) -> int:
+        return min(longer_px, ceil_to(max(side * scale, least_px), multiple))
+
+    return worked(crop.height), worked(crop.width)
+
+
+def with_aspect(crop: Box, size: tuple[int, int], width: int, height: int) -> Box:
+    """The crop, its shorter side grown past the picture as far as the aspect of ``size`` (height, width) asks.
+
+    Args:
+        crop: spans the picture along its shorter side, or is a square, px.
+        size: the size it is refined at, px.
+        width, height: picture size, px.
+    """
+    per_px = max(crop.width, crop.height) / max(size)
+    x1, x2 = place_span((crop.x1 + crop.x2) / 2, max(crop.width, round(size[1] * per_px)), width)
+    y1, y2 = place_span((crop.y1 + crop.y2) / 2, max(crop.height, round(size[0] * per_px)), height)
     return Box(x1, y1, x2, y2)
 
 

@@ -2,20 +2,19 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import LunaInputError
-from .geometry import Box, picture_box
-from .noise import row_seed
-from .plan import RefinePlan, Region
+from .geometry import Box, ceil_to, picture_box
+from .noise import region_seed
+from .plan import CELL_PX, RefinePlan, Region
 from .weights import SharedWeights, TileWeights
 
 TileOrder = Literal["chess", "linear", "single"]
 TILE_ORDERS: tuple[TileOrder, ...] = ("chess", "linear", "single")
-
-STEP = 8
-"""Tiles start on multiples of this many px, so that a crop at scale 1 lies on whole latent px."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +22,24 @@ class TileSettings:
     """How a picture becomes tiles.
 
     Attributes:
-        tile_size: side of a tile, px, a multiple of 8.
+        tile_size: side of a tile, px, a multiple of ``cell_px``.
         min_overlap: smallest overlap of neighbours, as a fraction of the tile.
         feather: share of each tile's half of the overlap over which it fades out.
         order: "chess": even tiles, then odd ones that see them; "linear": one tile after the other; "single": all at
             once.
+        cell_px: px per latent px of the VAE. Tiles start on multiples of it and are whole multiples of it, so that
+            a tile lies on whole latent px: a VAE would cut off what is left over, and the tile would move.
     """
 
     tile_size: int = 1024
     min_overlap: float = 0.125
     feather: float = 1.0
     order: TileOrder = "chess"
+    cell_px: int = CELL_PX
 
     def __post_init__(self) -> None:
-        if self.tile_size < 64 or self.tile_size % STEP:
-            raise LunaInputError(f"tile_size is {self.tile_size}: use a multiple of {STEP} from 64 on")
+        if self.tile_size < 64 or self.tile_size % self.cell_px:
+            raise LunaInputError(f"tile_size is {self.tile_size}: use a multiple of {self.cell_px} from 64 on")
         if not 0 <= self.min_overlap <= 0.5:
             raise LunaInputError(f"min_overlap is {self.min_overlap}: use a fraction of the tile from 0 to 0.5")
         if not 0 <= self.feather <= 1:
@@ -59,24 +61,27 @@ class Span:
 def spans(length: int, settings: TileSettings) -> list[Span]:
     """Tiles along a side of ``length`` px: n = ceil((L - overlap) / (T - overlap)), first and last flush with the ends.
 
-    The others are spread evenly on multiples of 8 px. A side shorter than a tile is one span, rounded up to 8 px and
-    mirrored past the end.
+    The others are spread evenly on whole latent px. A side shorter than a tile is one span, rounded up to whole latent
+    px and mirrored past the end.
     """
-    tile = settings.tile_size
+    tile, cell = settings.tile_size, settings.cell_px
     if length <= tile:
-        return [Span(0, math.ceil(length / STEP) * STEP, 0, 0)]
+        return [Span(0, ceil_to(length, cell), 0, 0)]
     overlap = settings.min_overlap * tile
     count = math.ceil((length - overlap) / (tile - overlap))
     stride = (length - tile) / (count - 1)
-    # rounding up keeps every gap to the next start at most ceil8(stride), so neighbours never fall apart
-    starts = [min(math.ceil(i * stride / STEP - 1e-9) * STEP, length - tile) for i in range(count - 1)] + [
-        length - tile
-    ]
-    fades = [round((a + tile - b) / 2 * settings.feather) for a, b in itertools.pairwise(starts)]
+    # rounding up keeps every gap to the next start at most one stride, rounded up, so neighbours never fall apart
+    starts = [min(ceil_to(i * stride, cell), length - tile) for i in range(count - 1)] + [length - tile]
+    fades = [_fade_px(a + tile - b, settings.feather) for a, b in itertools.pairwise(starts)]
     return [
         Span(start, start + tile, fade_in, fade_out)
         for start, fade_in, fade_out in zip(starts, [0, *fades], [*fades, 0], strict=True)
     ]
+
+
+def _fade_px(overlap: int, feather: float) -> int:
+    """px over which each of two neighbours fades: never past the middle, where the other one must be full."""
+    return min(round(overlap / 2 * feather), overlap // 2)
 
 
 def plan_tiles(width: int, height: int, image_count: int, settings: TileSettings, seed: int) -> RefinePlan:
@@ -91,42 +96,52 @@ def plan_tiles(width: int, height: int, image_count: int, settings: TileSettings
         settings: grid and order.
         seed: the run's seed.
     """
-    tiles = [
-        (r, c, row, column)
-        for r, row in enumerate(spans(height, settings))
-        for c, column in enumerate(spans(width, settings))
+    rows, columns = spans(height, settings), spans(width, settings)
+    weights = [
+        TileWeights(Box(x.start, y.start, x.stop, y.stop), (x.fade_in, y.fade_in, x.fade_out, y.fade_out))
+        for y in rows
+        for x in columns
     ]
-    passes: dict[int, list[int]] = {}
-    own: list[tuple[int, int, TileWeights]] = []
-    for image_index in range(image_count):
-        for number, (r, c, row, column) in enumerate(tiles):
-            turn = {"chess": (r + c) % 2, "linear": number, "single": 0}[settings.order]
-            passes.setdefault(turn, []).append(len(own))
-            fades = (column.fade_in, row.fade_in, column.fade_out, row.fade_out)
-            own.append((turn, image_index, TileWeights(Box(column.start, row.start, column.stop, row.stop), fades)))
-    regions = tuple(_region(index, own, width, height, seed) for index in range(len(own)))
-    return RefinePlan(width, height, image_count, regions, tuple(tuple(rows) for _, rows in sorted(passes.items())))
+    grid = list(itertools.product(range(len(rows)), range(len(columns))))
+    turns = [{"chess": (r + c) % 2, "linear": n, "single": 0}[settings.order] for n, (r, c) in enumerate(grid)]
+    near_rows, near_columns = _neighbours(rows), _neighbours(columns)
+    picture = picture_box(width, height)
+    regions = []
+    for number, (r, c) in enumerate(grid):
+        beside = [rr * len(columns) + cc for rr in near_rows[r] for cc in near_columns[c]]
+        rivals = [other for other in beside if other != number and turns[other] == turns[number]]
+        shared = SharedWeights(
+            weights[number],
+            earlier=tuple(weights[other] for other in rivals if other < number),
+            later=tuple(weights[other] for other in rivals if other > number),
+        )
+        regions.append(_region(number, shared, picture, seed))
+    passes: list[list[int]] = [[] for _ in range(max(turns) + 1)]
+    for row, turn in enumerate(turns * image_count):
+        passes[turn].append(row)
+    others = (
+        replace(region, row=image_index * len(regions) + region.row, image_index=image_index)
+        for image_index in range(1, image_count)
+        for region in regions
+    )
+    return RefinePlan(width, height, image_count, (*regions, *others), tuple(map(tuple, passes)))
 
 
-def _region(index: int, own: list[tuple[int, int, TileWeights]], width: int, height: int, seed: int) -> Region:
-    turn, image_index, weights = own[index]
-    tile = weights.tile
-    rivals = [
-        (other, rival)
-        for other, (its_turn, its_image, rival) in enumerate(own)
-        if other != index and (its_turn, its_image) == (turn, image_index) and tile.overlaps(rival.tile)
-    ]
+def _neighbours(spans: Sequence[Span]) -> list[range]:
+    """For each span the places of those that it has px in common with, itself among them."""
+    starts, stops = [span.start for span in spans], [span.stop for span in spans]
+    return [range(bisect_right(stops, span.start), bisect_left(starts, span.stop)) for span in spans]
+
+
+def _region(number: int, weights: SharedWeights, picture: Box, seed: int) -> Region:
+    tile = weights.own.tile
     return Region(
-        row=index,
-        image_index=image_index,
+        row=number,
+        image_index=0,
         crop=tile,
-        paste=tile.intersect(picture_box(width, height)),
-        weights=SharedWeights(
-            weights,
-            earlier=tuple(rival for other, rival in rivals if other < index),
-            later=tuple(rival for other, rival in rivals if other > index),
-        ),
+        paste=tile.intersect(picture),
+        weights=weights,
         working_height=tile.height,
         working_width=tile.width,
-        seed=row_seed(seed, image_index, tile.x1, tile.y1, tile.x2, tile.y2),
+        seed=region_seed(seed, tile),
     )

@@ -1,4 +1,4 @@
-"""Noise that belongs to a row: it depends on the seed, the image and the region, never on the batch around it."""
+"""Noise that belongs to a row: it depends on the seed and on the region's place, never on the batch around it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,11 +6,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .geometry import Box
+
 
 def row_seed(seed: int, *parts: int | str) -> int:
     """A 63-bit seed for one row, hashed from the run's seed and whatever names the row."""
     text = ":".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def region_seed(seed: int, crop: Box) -> int:
+    """The seed of a region: the run's seed and where the crop lies in its own picture, px.
+
+    Which picture of the batch that is does not count: a picture gives the same result alone and in any batch. The 0
+    stands for it: it is what the only picture of a batch always had there.
+    """
+    return row_seed(seed, 0, crop.x1, crop.y1, crop.x2, crop.y2)
 
 
 def row_generator(seed: int, stream: str) -> torch.Generator:

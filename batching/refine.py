@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import LunaRuntimeError
 from .blend import Blend, multiband
 from .color import ColorMatch, match_color
-from .crops import cut, paste, resample
+from .crops import WINDOW_PX, cut, fit_into, paste, uncut
+from .geometry import Box
 from .plan import RefinePlan, Region
 
 log = logging.getLogger("luna")
@@ -76,18 +77,18 @@ class PasteSettings:
 
 @dataclass(frozen=True)
 class Refined:
-    """The outcome of a refinement.
+    """The outcome of a refinement, on the device of the input picture.
 
     Attributes:
         image: [B,H,W,C] float32.
         mask: [B,H,W] float32, the paste weight of all regions together; None when not kept.
-        crops_before, crops_after: one [H,W,3] per row, at its working size; empty when not kept.
+        crops_before, crops_after: [N,H,W,3], every row's crop at the largest working size; None when not kept.
     """
 
     image: Tensor
     mask: Tensor | None
-    crops_before: tuple[Tensor, ...]
-    crops_after: tuple[Tensor, ...]
+    crops_before: Tensor | None
+    crops_after: Tensor | None
 
 
 def refine(
@@ -100,6 +101,9 @@ def refine(
 ) -> Refined:
     """Carries out a plan on a picture batch.
 
+    Pictures, masks and crops are worked on in main memory, wherever they come from (with --gpu-only ComfyUI keeps
+    them on the GPU); the results go back to the device of the picture.
+
     Args:
         image: [B,H,W,C] in 0..1, C 3 or 4 (alpha is kept as it is); not modified.
         plan: made for a batch of this size.
@@ -111,40 +115,42 @@ def refine(
     Raises:
         LunaRuntimeError: the VAE or the model gave values that are not numbers.
     """
-    canvas = image.to(torch.float32).clone()
-    colours, original = canvas[..., :3], image[..., :3]
+    canvas = image.to("cpu", torch.float32, copy=True)
+    colours, original = canvas[..., :3], image[..., :3].cpu()
     mask = torch.zeros(canvas.shape[:3]) if keep_mask else None
-    before: dict[int, Tensor] = {}
-    after: dict[int, Tensor] = {}
+    before, after = (crop_batch(plan) if keep_crops else None for _ in range(2))
     for rows in plan.passes:
-        encoded = [
-            _encode(batch, colours, original, engine, before if keep_crops else None) for batch in plan.batches(rows)
-        ]
+        encoded = [_encode(batch, colours, original, engine, before) for batch in plan.batches(rows)]
         sampled: dict[int, Tensor] = {}
         for batch in encoded:
             latents = engine.sample(batch)
             sampled.update((region.row, latent) for region, latent in zip(batch.regions, latents, strict=True))
         for region, picture in _decode(plan.paste_order(rows), sampled, engine):
-            weights = _paste_back(colours[region.image_index], original[region.image_index], picture, region, settings)
-            if mask is not None:
-                _mark(mask[region.image_index], region, weights)
-            if keep_crops:
-                after[region.row] = picture
+            index = region.image_index
+            _paste_back(
+                colours[index], original[index], None if mask is None else mask[index], picture, region, settings
+            )
+            if after is not None:
+                fit_into(after[region.row], picture)
             del picture  # or its whole batch would be held while the next is decoded
-    return Refined(
-        canvas,
-        mask,
-        tuple(before[region.row] for region in plan.regions if keep_crops),
-        tuple(after[region.row] for region in plan.regions if keep_crops),
-    )
+    results = (None if result is None else result.to(image.device) for result in (mask, before, after))
+    return Refined(canvas.to(image.device), *results)
+
+
+def crop_batch(plan: RefinePlan) -> Tensor:
+    """Room for one crop per row, at the largest working size of all: [N,H,W,3], black."""
+    height = max((region.working_height for region in plan.regions), default=1)
+    width = max((region.working_width for region in plan.regions), default=1)
+    return torch.zeros(len(plan.regions), height, width, 3)
 
 
 def _encode(
-    regions: Sequence[Region], canvas: Tensor, original: Tensor, engine: Engine, before: dict[int, Tensor] | None
+    regions: Sequence[Region], canvas: Tensor, original: Tensor, engine: Engine, before: Tensor | None
 ) -> EncodedRows:
     """Anchors all crops first and encodes them after, so that each model is loaded once.
 
-    Rows are anchored by the input picture, and encoded from the canvas as earlier passes left it.
+    Rows are anchored by the input picture, and encoded from the canvas as earlier passes left it; the crops that are
+    encoded go into ``before``.
     """
 
     def crops_of(part: Sequence[Region], images: Tensor) -> Tensor:
@@ -161,9 +167,15 @@ def _encode(
         crops = crops_of(part, canvas)
         latents.append(engine.encode(crops, part))
         if before is not None:
-            before.update((region.row, crop) for region, crop in zip(part, crops, strict=True))
+            _keep(before, part, crops)
         del crops  # or two batches of them would be held while the next is cut
     return EncodedRows(tuple(regions), _finite(torch.cat(latents), "encoding the crops with vae"), anchors)
+
+
+def _keep(frames: Tensor, regions: Sequence[Region], crops: Tensor) -> None:
+    """Writes crops [n,h,w,3] to their rows of a batch [N,H,W,3]."""
+    for region, crop in zip(regions, crops, strict=True):
+        fit_into(frames[region.row], crop)
 
 
 def _decode(regions: Sequence[Region], sampled: dict[int, Tensor], engine: Engine) -> Iterator[tuple[Region, Tensor]]:
@@ -174,8 +186,10 @@ def _decode(regions: Sequence[Region], sampled: dict[int, Tensor], engine: Engin
             yield from zip(part, _finite(engine.decode(latents), "decoding with vae"), strict=True)
 
 
-def _paste_back(canvas: Tensor, reference: Tensor, picture: Tensor, region: Region, settings: PasteSettings) -> Tensor:
-    """Pastes one refined crop onto its image [H,W,3] and returns the paste weights used.
+def _paste_back(
+    canvas: Tensor, reference: Tensor, mask: Tensor | None, picture: Tensor, region: Region, settings: PasteSettings
+) -> None:
+    """Pastes one refined crop onto its image [H,W,3], and what was pasted where onto its mask [H,W].
 
     ``reference`` is the input picture, so that colours do not drift from pass to pass.
     """
@@ -183,18 +197,19 @@ def _paste_back(canvas: Tensor, reference: Tensor, picture: Tensor, region: Regi
         before = cut(reference.to(torch.float32), region.crop, *region.working_size)
         weights = region.weights_over_crop(*region.working_size)
         picture = match_color(picture, before, weights, settings.color_match)
-    weights = region.weights.draw(region.paste)
-    if settings.blend == "multiband":
-        window = region.paste.relative_to(region.crop)
-        full = resample(picture, region.crop.height, region.crop.width)
-        box = region.paste
-        below = canvas[box.y1 : box.y2, box.x1 : box.x2]
-        blended = multiband(below, full[window.y1 : window.y2, window.x1 : window.x2], weights)
-        # the coarse bands reach past the mask: they fade out where the paste weight does
-        below.lerp_(blended, (4 * weights).clamp(max=1)[..., None])
-    else:
-        paste(canvas, picture, region.crop, region.paste, weights)
-    return weights
+    # a multiband blend reaches from one end of the region to the other, a feather takes any part for itself
+    windows = [region.paste] if settings.blend == "multiband" else region.paste.strips(WINDOW_PX)
+    for window in windows:
+        weights = region.weights.draw(window)
+        if settings.blend == "multiband":
+            below = canvas[window.y1 : window.y2, window.x1 : window.x2]
+            blended = multiband(below, uncut(picture, region.crop, window), weights)
+            # the coarse bands reach past the mask: they fade out where the paste weight does
+            below.lerp_(blended, (4 * weights).clamp(max=1)[..., None])
+        else:
+            paste(canvas, picture, region.crop, window, weights)
+        if mask is not None:
+            _mark(mask, window, weights)
 
 
 def _runs(regions: Sequence[Region]) -> Iterator[list[Region]]:
@@ -216,11 +231,10 @@ def _parts(regions: Sequence[Region], px: int) -> Iterator[Sequence[Region]]:
         yield regions[start : start + size]
 
 
-def _mark(mask: Tensor, region: Region, weights: Tensor) -> None:
-    """Adds a region to the refined mask [H,W] the way pastes add up: what is left over of 1 shrinks by each weight."""
-    box = region.paste
-    window = mask[box.y1 : box.y2, box.x1 : box.x2]
-    window.add_((1 - window) * weights)
+def _mark(mask: Tensor, window: Box, weights: Tensor) -> None:
+    """Adds a paste to the refined mask [H,W] the way pastes add up: what is left over of 1 shrinks by each weight."""
+    part = mask[window.y1 : window.y2, window.x1 : window.x2]
+    part.add_((1 - part) * weights)
 
 
 def _finite(values: Tensor, stage: str) -> Tensor:

@@ -33,7 +33,7 @@ def _lanczos(picture: Tensor, height: int, width: int) -> Tensor:
         np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS))
         for plane in picture.movedim(-1, 0).contiguous().cpu().float().numpy()
     ]
-    return torch.from_numpy(np.stack(planes, axis=-1)).clamp(0, 1)
+    return torch.from_numpy(np.stack(planes, axis=-1)).clamp(0, 1).to(picture.device)
 
 
 def fitted_size(width: int, height: int, longer_side: int, multiple_of: int) -> tuple[int, int]:

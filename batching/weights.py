@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .geometry import Box
 
+WIDEST_SUM = 129
+"""Taps up to which a feather is summed up tap by tap; wider ones are faster, and as exact, by running sums."""
+
 
 def smoothstep(t: Tensor) -> Tensor:
     """Hermite step 3t² - 2t³ of ``t`` clamped to 0..1."""
@@ -85,15 +88,18 @@ class MaskWeights:
     def draw(self, window: Box) -> Tensor:
         if self.feather_px <= 0:
             return draw_mask(self.target, self.mask, window)
-        reach = self.feather_px + 1
-        wide = window.grown(reach)
+        kernel = _parabola(self.feather_px)
+        shift = math.floor(self.outward_px - self.feather_px / 2)  # never further out than asked
+        wide = window.grown(abs(shift) + len(kernel) // 2)
         inside = wide.intersect(Box(0, 0, self.width, self.height))
         drawn = draw_mask(self.target, self.mask, inside)[None, None]
         edges = (inside.x1 - wide.x1, wide.x2 - inside.x2, inside.y1 - wide.y1, wide.y2 - inside.y2)
-        drawn = F.pad(drawn, edges, mode="replicate")
-        drawn = _shift_edge(drawn, self.outward_px - self.feather_px / 2)
-        drawn = _soften(drawn, self.feather_px)
-        return drawn[0, 0, reach:-reach, reach:-reach].clamp(0, 1)
+        drawn = F.pad(drawn, edges, mode="replicate")[0, 0]
+        for dim in (-1, -2):
+            drawn = _shift_edge(drawn, shift, dim)
+        for dim in (-1, -2):
+            drawn = _convolve(drawn, kernel, dim)
+        return drawn.clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -154,20 +160,18 @@ def _fade(start: int, stop: int, fade_in: int, fade_out: int, first: int, last: 
     return inside * torch.minimum(rising, falling)
 
 
-def _shift_edge(drawn: Tensor, offset: float) -> Tensor:
-    """Grows (offset > 0) or shrinks (offset < 0) a soft mask [1,1,h,w] by whole px; grey values stay what they are."""
-    px = math.floor(offset)  # never further out than asked
-    if px == 0:
-        return drawn
-    signed = drawn if px > 0 else -drawn
-    for dim in (-1, -2):
-        signed = _running_max(signed, abs(px), dim)
-    return signed if px > 0 else -signed
+def _shift_edge(drawn: Tensor, px: int, dim: int) -> Tensor:
+    """Grows (px > 0) or shrinks (px < 0) a soft mask [h,w] along one dimension, which loses ``abs(px)`` at each end.
+
+    Grey values stay what they are: each px becomes the largest or smallest of its neighbours.
+    """
+    if px < 0:
+        return -_running_max(-drawn, -px, dim)
+    return _running_max(drawn, px, dim)
 
 
 def _running_max(x: Tensor, radius: int, dim: int) -> Tensor:
-    """Maximum over ``2*radius+1`` neighbours along one dimension of [1,1,h,w], by doubling: log2(radius) passes."""
-    x = _repeat_edge(x, radius, dim)
+    """Maximum over ``2*radius+1`` neighbours along one dimension, by doubling: log2(radius) passes."""
     reach, size = 1, 2 * radius + 1
     while reach < size:
         step = min(reach, size - reach)
@@ -177,30 +181,49 @@ def _running_max(x: Tensor, radius: int, dim: int) -> Tensor:
     return x
 
 
-def _soften(drawn: Tensor, feather_px: int) -> Tensor:
-    """Blurs [1,1,h,w] with a separable parabola ``feather_px`` wide.
+def _parabola(width_px: int) -> Tensor:
+    """The kernel of a feather: [taps] float32 with a sum of 1, ``width_px`` wide.
 
     Smoothstep's derivative is the parabola 6t(1-t), so a straight hard edge becomes exactly a smoothstep, and soft
     masks stay proportional instead of being thresholded.
     """
-    half = feather_px / 2
+    half = width_px / 2
     taps = torch.arange(-math.floor(half), math.floor(half) + 1, dtype=torch.float32)
     kernel = (1 - (taps / (half + 0.5)) ** 2).clamp(min=0)
-    kernel = kernel / kernel.sum()
-    for dim in (-1, -2):
-        drawn = _convolve(drawn, kernel.tolist(), dim)
-    return drawn
+    return kernel / kernel.sum()
 
 
-def _convolve(drawn: Tensor, kernel: list[float], dim: int) -> Tensor:
-    """Convolves [1,1,h,w] along one dimension; several times faster than conv2d, which is made for many channels."""
-    radius, size = len(kernel) // 2, drawn.shape[dim]
-    wide = _repeat_edge(drawn, radius, dim)
-    convolved = torch.zeros_like(drawn)
-    for shift, share in enumerate(kernel):
-        convolved.add_(wide.narrow(dim, shift, size), alpha=share)
+def _convolve(drawn: Tensor, kernel: Tensor, dim: int) -> Tensor:
+    """Convolves [h,w] with a parabola along one dimension, which loses half of the kernel at each end."""
+    if len(kernel) > WIDEST_SUM:
+        lines = drawn.movedim(dim, -1)
+        per_block = max(1, 2**18 // lines.shape[-1])
+        return torch.cat([_moments(block, kernel) for block in lines.split(per_block)]).movedim(-1, dim)
+    size = drawn.shape[dim] - len(kernel) + 1
+    # several times faster than conv2d, which is made for many channels
+    convolved = torch.zeros_like(drawn.narrow(dim, 0, size))
+    for shift, share in enumerate(kernel.tolist()):
+        convolved.add_(drawn.narrow(dim, shift, size), alpha=share)
     return convolved
 
 
-def _repeat_edge(x: Tensor, radius: int, dim: int) -> Tensor:
-    return F.pad(x, (radius, radius, 0, 0) if dim == -1 else (0, 0, radius, radius), mode="replicate")
+def _moments(lines: Tensor, kernel: Tensor) -> Tensor:
+    """Convolves [n,l] with a parabola of any width in the same time: [n, l - len(kernel) + 1].
+
+    A parabola over a window is made of the window's sum, and its sums weighted by place and by place squared, which
+    are differences of running sums. In float64, and exactly 0 where the window holds only zeros.
+    """
+    taps, size = len(kernel), lines.shape[-1] - len(kernel) + 1
+    places = torch.arange(lines.shape[-1], dtype=torch.float64) - lines.shape[-1] / 2
+    centres = places[taps // 2 : taps // 2 + size]
+
+    def window_sum(values: Tensor) -> Tensor:
+        sums = F.pad(values.cumsum(-1), (1, 0))
+        return sums[..., taps:] - sums[..., :size]
+
+    plain = window_sum(lines.double())
+    first, second = window_sum(lines * places), window_sum(lines * places.square())
+    spread = second - 2 * centres * first + centres.square() * plain  # the sum weighted by (distance to the centre)²
+    top = float(kernel[taps // 2])
+    bend = (top - float(kernel[0])) / (taps // 2) ** 2
+    return (top * plain - bend * spread).float()

@@ -87,7 +87,7 @@ def main() -> None:
     forget_peak()
     before = status_bytes("VmRSS")
     refined = refine(image, plan, BlockEngine(), keep_crops=kind == "regions", keep_mask=kind == "regions")
-    kept = sum(crop.nbytes for crop in (*refined.crops_before, *refined.crops_after))
+    kept = sum(crops.nbytes for crops in (refined.crops_before, refined.crops_after) if crops is not None)
     report = {
         "peak": status_bytes("VmHWM") - before,
         "canvas": refined.image.nbytes,

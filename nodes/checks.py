@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import GroupNorm
 
+from ..batching.plan import CELL_PX
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
 
@@ -51,9 +52,18 @@ def check_models(model: Any, vae: Any, working_px: int) -> None:
             f"vae makes latents of {vae.latent_channels} channels, model takes {latent_format.latent_channels}: "
             "use the vae that belongs to the model"
         )
+    cell = latent_cell(vae)
+    if working_px % cell:
+        raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {cell}")
+
+
+def latent_cell(vae: Any) -> int:
+    """px of the picture that sides of crops and tiles are multiples of: the VAE's ratio, and at least 8.
+
+    Whatever does not fit the ratio a VAE cuts off on all sides, so that its pictures come back moved.
+    """
     ratio = vae.spacial_compression_encode()
-    if isinstance(ratio, int) and working_px % ratio:
-        raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {ratio}")
+    return math.lcm(CELL_PX, ratio) if isinstance(ratio, int) else CELL_PX
 
 
 def check_depth(model: Any, vae: Any, working_px: int, name: str, cfg: float) -> None:

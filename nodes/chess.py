@@ -16,7 +16,7 @@ from ..batching.upscale import scale_image
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import same_aspect
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_depth, check_image, check_models, check_scaffold
+from .checks import check_depth, check_image, check_models, check_scaffold, latent_cell
 from .refiner_inputs import (
     choose_recipe,
     color_match_input,
@@ -150,7 +150,8 @@ class LunaChessRefiner(io.ComfyNode):
         check_image(image)
         count, height, width, _ = image.shape
         settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
-        plan = plan_tiles(width, height, count, TileSettings(tile_size, min_overlap, feather), seed)
+        tiles = TileSettings(tile_size, min_overlap, feather, cell_px=latent_cell(vae))
+        plan = plan_tiles(width, height, count, tiles, seed)
         drawing = draw_plan(image, plan)
         if denoise == 0 and sigmas is None:
             warning = notice("denoise is 0: the picture is not refined")
@@ -184,7 +185,7 @@ def _denoise_share(mask: Tensor | None, strength: float, image: Tensor) -> Tenso
     """1 where the mask is 0, ``strength`` where it is 1: [1 or B,H,W] at the picture's size."""
     if mask is None or strength >= 1:
         return None
-    mask = mask if mask.ndim == 3 else mask[None]
+    mask = (mask if mask.ndim == 3 else mask[None]).cpu()
     count, height, width, _ = image.shape
     if mask.shape[0] not in (1, count) or not torch.isfinite(mask).all():
         raise LunaInputError(

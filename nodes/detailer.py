@@ -11,14 +11,24 @@ from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_sampling import SamplingSettings
 from ..batching.concepts import Concept
-from ..batching.crops import cut, resample
-from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
-from ..batching.refine import PasteSettings, refine
+from ..batching.crops import cut, fit_into
+from ..batching.plan import (
+    AUTO_SIZES,
+    LARGER_AUTO_SIZES,
+    MASK_MODES,
+    OVERLAP_MODES,
+    CropSettings,
+    RefinePlan,
+    plan_detections,
+    size_notices,
+)
+from ..batching.refine import PasteSettings, crop_batch, refine
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_depth, check_image, check_models, check_scaffold, fitted
+from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell
 from .refiner_inputs import (
     choose_recipe,
     color_match_input,
+    crop_sizes,
     custom_sampling_inputs,
     sampling_inputs,
     scaffold_input,
@@ -46,8 +56,10 @@ class LunaSemanticDetailer(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Side in px at which each square crop is refined; regions are scaled to it and back. "
-                    f"0 = automatic: {', '.join(map(str, AUTO_SIZES))}, one batch per size: small regions cost less.",
+                    tooltip="Side in px at which each crop, a square or a strip where the picture is narrower, is "
+                    "refined; regions are scaled to it and back. "
+                    f"0 = automatic: {', '.join(map(str, AUTO_SIZES))}, one batch per size: small regions cost less, "
+                    f"and larger ones get up to {LARGER_AUTO_SIZES[-1]} where the model fits in memory with them.",
                 ),
                 io.Float.Input(
                     "padding",
@@ -158,7 +170,8 @@ class LunaSemanticDetailer(io.ComfyNode):
         check_image(image)
         count, height, width, _ = image.shape
         settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
-        crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode)
+        sizes = crop_sizes(model if guider is None else guider.model_patcher, vae)
+        crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode, latent_cell(vae), sizes)
         found = fitted(detections, image)
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
@@ -182,13 +195,13 @@ class LunaSemanticDetailer(io.ComfyNode):
             noise_scaffold=check_scaffold(noise_scaffold, vae, image),
             concepts=concepts,
         )
-        warnings += _unused(concepts, found, anchored=anchor is not None)
+        warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=anchor is not None)
         refined = refine(image, plan, engine, PasteSettings(blend, color_match), keep_crops=True)
         return io.NodeOutput(
             refined.image,
             refined.mask,
-            _as_batch(refined.crops_before),
-            _as_batch(refined.crops_after),
+            refined.crops_before,
+            refined.crops_after,
             ui=notice(*warnings) if warnings else None,
         )
 
@@ -203,17 +216,13 @@ def _unused(concepts: tuple[Concept, ...], found: Any, anchored: bool) -> list[s
     return warnings
 
 
-def _as_batch(crops: tuple[Tensor, ...]) -> Tensor:
-    """Crops [H,W,3] of any working sizes as one batch at the largest of them."""
-    side = max(crop.shape[0] for crop in crops)
-    return torch.stack([resample(crop, side, side) for crop in crops])
-
-
 def _unchanged(image: Tensor, plan: RefinePlan, ui: dict[str, Any]) -> io.NodeOutput:
     """The picture as it came; its regions as they are, or one black crop where there are none to show."""
-    crops = [cut(image[region.image_index, ..., :3], region.crop, *region.working_size) for region in plan.regions]
-    shown = _as_batch(tuple(crops)) if crops else torch.zeros(1, AUTO_SIZES[0], AUTO_SIZES[0], 3)
-    return io.NodeOutput(image, torch.zeros(image.shape[:3]), shown, shown, ui=ui)
+    shown = crop_batch(plan) if plan.regions else torch.zeros(1, AUTO_SIZES[0], AUTO_SIZES[0], 3)
+    for frame, region in zip(shown, plan.regions, strict=False):
+        fit_into(frame, cut(image[region.image_index, ..., :3].float(), region.crop, *region.working_size))
+    shown = shown.to(image.device)
+    return io.NodeOutput(image, torch.zeros(image.shape[:3], device=image.device), shown, shown, ui=ui)
 
 
 NODES = (LunaSemanticDetailer,)

@@ -8,9 +8,10 @@ from torch import Tensor
 from ..batching.comfy_sampling import row_bytes, rows_that_fit
 from ..batching.drawing import describe, draw_plan
 from ..batching.grid import TILE_ORDERS, TileSettings, plan_tiles
-from ..batching.plan import MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
-from .checks import check_image, check_models, fitted
+from ..batching.plan import MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections, size_notices
+from .checks import check_image, check_models, fitted, latent_cell
 from .chess import tile_inputs
+from .refiner_inputs import crop_sizes
 from .schema import LunaDetections, luna_schema
 
 
@@ -84,15 +85,18 @@ class LunaRefinePlan(io.ComfyNode):
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
+        notices: list[str] = []
         if detections is None:
             check_models(model, vae, tile_size)
-            tiles = TileSettings(tile_size, min_overlap, tile_feather, tile_order)
+            tiles = TileSettings(tile_size, min_overlap, tile_feather, tile_order, latent_cell(vae))
             plan = plan_tiles(width, height, count, tiles, seed=0)
         else:
             check_models(model, vae, crop_size)
-            crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode)
+            sizes = crop_sizes(model, vae)
+            crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode, latent_cell(vae), sizes)
             plan = plan_detections(fitted(detections, image).items, width, height, count, crops, seed=0)
-        summary = _summary(plan, model, vae, steps, chunk_size)
+            notices = size_notices(plan, crops)
+        summary = "\n".join([*notices, _summary(plan, model, vae, steps, chunk_size)])
         return io.NodeOutput(draw_plan(image, plan), summary, ui={"text": (summary,)})
 
 

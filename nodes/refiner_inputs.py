@@ -3,12 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.color import COLOR_MATCHES
-from ..batching.comfy_sampling import Recipe, SamplingSettings, ksampler_recipe
+from ..batching.comfy_sampling import Recipe, SamplingSettings, ksampler_recipe, row_bytes
+from ..batching.plan import AUTO_SIZES, LARGER_AUTO_SIZES
 from ..errors import LunaInputError
 
 
@@ -25,7 +27,8 @@ def sampling_inputs(denoise: float) -> list[Any]:
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=True,
-            tooltip="Seed of the run. Each region's noise depends on it and on the region's place alone.",
+            tooltip="Seed of the run. Each region's noise depends on it and on the region's place in its own picture "
+            "alone: a picture comes out the same by itself and in a batch.",
         ),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps."),
         io.Float.Input(
@@ -93,6 +96,20 @@ def custom_sampling_inputs() -> list[Any]:
             "sigmas", optional=True, tooltip="Custom sampling: these noise levels replace scheduler, steps and denoise."
         ),
     ]
+
+
+def crop_sizes(model: Any, vae: Any) -> tuple[int, ...]:
+    """Working sizes (px) that crop_size 0 chooses from on this model, rising.
+
+    Beyond the usual ones those of which a row fits in the device's memory beside the model. The whole memory counts,
+    not what is free just now: the same inputs must get the same size in every run.
+    """
+    ratio = vae.spacial_compression_encode()
+    if not isinstance(ratio, int):
+        return AUTO_SIZES
+    room = comfy.model_management.get_total_memory(model.load_device) - model.model_size()
+    shapes = {size: (vae.latent_channels, size // ratio, size // ratio) for size in LARGER_AUTO_SIZES}
+    return AUTO_SIZES + tuple(size for size, shape in shapes.items() if row_bytes(model, shape) <= room)
 
 
 def choose_recipe(

@@ -116,7 +116,11 @@ class LunaNoiseScaffold(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="Take size and batch of this picture."),
             ],
             outputs=[
-                io.Latent.Output("noise_scaffold", display_name="noise_scaffold", tooltip="Noise, one per picture.")
+                io.Latent.Output(
+                    "noise_scaffold",
+                    display_name="noise_scaffold",
+                    tooltip="Noise, the same for each picture of a batch.",
+                )
             ],
         )
 
@@ -132,8 +136,9 @@ class LunaNoiseScaffold(io.ComfyNode):
         if not isinstance(ratio, int) or getattr(vae, "latent_dim", 2) != 2:
             raise LunaInputError("vae makes video latents: use the vae of an image model")
         shape = (vae.latent_channels, math.ceil(height / ratio), math.ceil(width / ratio))
-        noise = [pyramid_noise(shape, octaves, row_generator(seed, f"scaffold {index}")) for index in range(count)]
-        return io.NodeOutput({"samples": torch.stack(noise)})
+        # the same for every picture, so that each comes out the same by itself and in a batch
+        noise = pyramid_noise(shape, octaves, row_generator(seed, "scaffold 0"))
+        return io.NodeOutput({"samples": torch.stack([noise] * count)})
 
 
 NODES = (LunaPrepUpscale, LunaNoiseScaffold)

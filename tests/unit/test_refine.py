@@ -69,6 +69,8 @@ def test_crops_come_back_in_the_order_of_the_detections_whatever_the_grouping() 
     plan = plan_for(boxes, image, crop_size=0)
     engine = ExactEngine(lambda row, latent: latent * 0 + row / 10)
     refined = refine(image, plan, engine, keep_crops=True)
+    assert refined.crops_before is not None
+    assert refined.crops_after is not None
     assert [round(float(crop.mean()) * 10) for crop in refined.crops_after] == [0, 1, 2, 3]
     assert [crop.shape[0] for crop in refined.crops_before] == [512, 512, 512, 512]
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..values import text
+from ..words import fits, folded, split_list
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +49,10 @@ class Concept:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        return tuple(part.strip().lower() for part in self.match.split(",") if part.strip())
+        return tuple(map(folded, split_list(text(self.match, "match"))))
 
     def matches(self, label: str) -> bool:
-        return any(fnmatchcase(label.strip().lower(), pattern) for pattern in self.patterns)
+        return fits(label, self.patterns)
 
 
 def concept_for(label: str, concepts: Sequence[Concept]) -> Concept | None:

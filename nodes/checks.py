@@ -8,25 +8,65 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
+from ..values import shown
+
+PICTURE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+NOTEWORTHY = 1 / 255
+"""How far values may leave 0..1, by a resampling, before it is worth a word."""
 
 
 def check_image(image: Tensor, name: str = "image") -> None:
-    """An IMAGE must be [B,H,W,3] or [B,H,W,4], hold at least one picture, and hold numbers only.
+    """An IMAGE must be [B,H,W,3] or [B,H,W,4] of floats, hold at least one picture, and hold numbers of 0 to 1.
+
+    A few values beyond are highlights and are taken, see ``range_notices``; a picture of 0..255 is not.
 
     Raises:
         LunaInputError: naming the input, what was given and what to do.
     """
+    if not isinstance(image, Tensor) or image.layout != torch.strided:
+        raise LunaInputError(f"{name} is {shown(image)}: a picture batch [B,H,W,3] is needed")
     if image.ndim != 4 or image.shape[-1] not in (3, 4):
         raise LunaInputError(
             f"{name} has shape {list(image.shape)}: a picture batch [B,H,W,3], or [B,H,W,4] with alpha, is needed"
         )
     if 0 in image.shape:
         raise LunaInputError(f"{name} has shape {list(image.shape)}: it holds no picture")
-    if not torch.isfinite(image).all():
+    if image.dtype not in PICTURE_TYPES:
+        raise LunaInputError(
+            f"{name} holds {image.dtype}: floating point numbers from 0 to 1 are needed. Divide whole numbers of 0 to "
+            "255 by 255"
+        )
+    low, high = (float(value) for value in torch.aminmax(image))  # without a temporary as large as the picture
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise LunaInputError(
             f"{name} holds values that are not numbers (NaN or infinity): "
             "a node before this one failed, often a VAE decoding in half precision"
         )
+    if high > 1 + NOTEWORTHY and _is_of_another_range(image):
+        raise LunaInputError(
+            f"{name} holds values up to {high:g}, most of them above 1: pictures go from 0 to 1, divide this one by "
+            f"{255 if high <= 255 else 65535 if high <= 65535 else 'its largest value'}"
+        )
+
+
+def _is_of_another_range(image: Tensor) -> bool:
+    """Whether a picture [B,H,W,C] that goes beyond 1 holds nothing but whole numbers, or mostly values above 1."""
+    colours = image[..., :3]
+    if int(torch.count_nonzero(colours > 1)) > colours.numel() // 2:
+        return True
+    return not bool((colours != colours.round()).any())
+
+
+def range_notices(image: Tensor, name: str = "image") -> list[str]:
+    """What is said of a checked picture batch [B,H,W,C] that leaves 0..1, where a node will clip it."""
+    low, high = (float(value) for value in torch.aminmax(image))
+    if low >= -NOTEWORTHY and high <= 1 + NOTEWORTHY:
+        return []
+    return [
+        f"{name} holds values from {low:.4g} to {high:.4g}: what is refined or resampled is clipped to 0..1, all other "
+        "px keep their values"
+    ]
 
 
 def check_models(model: Any, vae: Any, working_px: int) -> None:
@@ -82,6 +122,8 @@ def fitted(detections: Detections, image: Tensor) -> Detections:
         LunaInputError: they were made on other pictures: another number or another aspect.
     """
     count, height, width, _ = image.shape
+    if detections.is_unplaced:
+        return Detections((), width, height, count)
     if detections.image_count != count:
         raise LunaInputError(
             f"detections were made on {detections.image_count} picture(s), image holds {count}: "

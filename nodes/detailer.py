@@ -14,7 +14,7 @@ from ..batching.crops import cut, resample
 from ..batching.plan import AUTO_SIZES, MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections
 from ..batching.refine import PasteSettings, refine
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_image, check_models, check_scaffold, fitted
+from .checks import check_image, check_models, check_scaffold, fitted, range_notices
 from .refiner_inputs import (
     choose_recipe,
     color_match_input,
@@ -179,7 +179,7 @@ class LunaSemanticDetailer(io.ComfyNode):
             noise_scaffold=check_scaffold(noise_scaffold, vae, image),
             concepts=concepts,
         )
-        warnings += _unused(concepts, found, anchored=anchor is not None)
+        warnings += _unused(concepts, found, anchored=anchor is not None) + range_notices(image)
         refined = refine(image, plan, engine, PasteSettings(blend, color_match), keep_crops=True)
         return io.NodeOutput(
             refined.image,

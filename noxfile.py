@@ -1,4 +1,4 @@
-"""The commands of this repository: ``nox -s demo``, ``nox -s tests``, ``nox -s lint``, ``nox -s bench``.
+"""The commands of this repository: ``nox -s demo``, ``tests``, ``fuzz``, ``lint``, ``bench``.
 
 All share the one environment in ``.cache/venv``, which the first command builds (see scripts/workspace.py).
 """
@@ -49,6 +49,13 @@ def tests(session: nox.Session) -> None:
     parallel = [] if session.posargs else ["-n", workers, "--dist", "loadgroup"]
     threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
     session.run(python, "-m", "pytest", *parallel, *session.posargs, env=threads, external=True)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Feed 10,000 damaged and absurd inputs to everything that reads any; ``nox -s fuzz -- -k boxes`` feeds a part."""
+    environment = {"LUNA_FUZZ": "long", "OMP_NUM_THREADS": "1"}
+    session.run(_set_up(session), "-m", "pytest", "tests/fuzz", *session.posargs, env=environment, external=True)
 
 
 @nox.session

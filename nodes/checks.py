@@ -99,11 +99,16 @@ def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | Non
     """The noise of a scaffold LATENT, [1 or B,c,H,W] in latent px, or None when there is none.
 
     Raises:
-        LunaInputError: its channels or size are not those the vae gives this picture, or its batch does not fit.
+        LunaInputError: it is no noise, its channels or size are not those the vae gives this picture, or its batch
+            does not fit.
     """
     if noise_scaffold is None:
         return None
-    samples = noise_scaffold["samples"]
+    samples = noise_scaffold.get("samples") if isinstance(noise_scaffold, dict) else None
+    if not isinstance(samples, Tensor) or samples.layout != torch.strided or not samples.is_floating_point():
+        raise LunaInputError(
+            f"noise_scaffold is {shown(noise_scaffold)}: a latent of noise is needed, from Luna Noise Scaffold"
+        )
     count, height, width, _ = image.shape
     ratio = vae.spacial_compression_encode()
     wanted = (vae.latent_channels, math.ceil(height / ratio), math.ceil(width / ratio))
@@ -112,6 +117,8 @@ def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | Non
             f"noise_scaffold has shape {list(samples.shape)}, but {count} picture(s) of {width}x{height} px need "
             f"[1 or {count}, {wanted[0]}, {wanted[1]}, {wanted[2]}]: connect image and this vae to Luna Noise Scaffold"
         )
+    if samples.dtype not in PICTURE_TYPES or not bool(torch.isfinite(samples).all()):
+        raise LunaInputError("noise_scaffold holds values that are not numbers: make it anew with Luna Noise Scaffold")
     return samples
 
 

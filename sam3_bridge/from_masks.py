@@ -54,20 +54,30 @@ def as_masks(masks: Tensor, picture: Picture, name: str = "masks") -> Tensor:
     Raises:
         LunaInputError: wrong shape, another aspect than the picture, or values that are no mask.
     """
-    if not isinstance(masks, Tensor):
-        raise LunaInputError(f"{name} is {shown(masks)}: a mask batch [N,H,W] is needed")
-    if masks.ndim < 2 or 0 in masks.shape[-2:]:
-        raise LunaInputError(f"{name} has shape {list(masks.shape)}: a mask batch [N,H,W] is needed")
-    flat = plain_numbers(masks, name).reshape(-1, *masks.shape[-2:])
+    flat = mask_batch(masks, name)
     height, width = flat.shape[1:]
-    for index, mask in enumerate(flat):
-        check_range(mask, f"{name}: mask {index} holds values")
     nothing_drawn = not len(flat) or not flat.any()  # Load Image gives 64x64 zeros for a picture without alpha
     if not nothing_drawn and not same_aspect(width, height, picture.width, picture.height):
         raise LunaInputError(
             f"{name} has {width}x{height} px, image has {picture.width}x{picture.height} px: the aspect is another, "
             "so they do not belong together. Use masks made from this image"
         )
+    return flat
+
+
+def mask_batch(masks: Tensor, name: str) -> Tensor:
+    """Masks of any size as [N,H,W] float32 in 0..1 on the CPU; as ``as_masks``, but for no picture.
+
+    Raises:
+        LunaInputError: wrong shape, or values that are no mask.
+    """
+    if not isinstance(masks, Tensor):
+        raise LunaInputError(f"{name} is {shown(masks)}: a mask batch [N,H,W] is needed")
+    if masks.ndim < 2 or 0 in masks.shape[-2:]:
+        raise LunaInputError(f"{name} has shape {list(masks.shape)}: a mask batch [N,H,W] is needed")
+    flat = plain_numbers(masks, name).reshape(-1, *masks.shape[-2:])
+    for index, mask in enumerate(flat):
+        check_range(mask, f"{name}: mask {index} holds values")
     return flat
 
 

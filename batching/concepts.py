@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LunaInputError
-from ..values import text
+from ..values import fraction, shown, text
 from ..words import fits, folded, split_list
 
 
@@ -44,8 +44,8 @@ class Concept:
     def __post_init__(self) -> None:
         if not self.patterns:
             raise LunaInputError("match is empty: write a label such as face, a pattern such as hand*, or * for all")
-        if self.denoise is not None and not 0 <= self.denoise <= 1:
-            raise LunaInputError(f"denoise of concept '{self.match}' is {self.denoise}: use 0 to 1")
+        if self.denoise is not None:
+            fraction(self.denoise, f"denoise of concept {shown(self.match)}")
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def check_image(image: Tensor, name: str = "image") -> None:
     Raises:
         LunaInputError: naming the input, what was given and what to do.
     """
-    if not isinstance(image, Tensor) or image.layout != torch.strided:
+    if not is_plain(image):
         raise LunaInputError(f"{name} is {shown(image)}: a picture batch [B,H,W,3] is needed")
     if image.ndim != 4 or image.shape[-1] not in (3, 4):
         raise LunaInputError(
@@ -48,6 +48,11 @@ def check_image(image: Tensor, name: str = "image") -> None:
             f"{name} holds values up to {high:g}, most of them above 1: pictures go from 0 to 1, divide this one by "
             f"{255 if high <= 255 else 65535 if high <= 65535 else 'its largest value'}"
         )
+
+
+def is_plain(given: Any) -> bool:
+    """Whether it is a tensor whose values can be read one by one."""
+    return isinstance(given, Tensor) and given.layout == torch.strided and given.device.type != "meta"
 
 
 def _is_of_another_range(image: Tensor) -> bool:
@@ -105,7 +110,7 @@ def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | Non
     if noise_scaffold is None:
         return None
     samples = noise_scaffold.get("samples") if isinstance(noise_scaffold, dict) else None
-    if not isinstance(samples, Tensor) or samples.layout != torch.strided or not samples.is_floating_point():
+    if not is_plain(samples) or not samples.is_floating_point():
         raise LunaInputError(
             f"noise_scaffold is {shown(noise_scaffold)}: a latent of noise is needed, from Luna Noise Scaffold"
         )

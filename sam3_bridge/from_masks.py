@@ -115,15 +115,17 @@ def visible_box(mask: Tensor) -> Window | None:
 def without_background(mask: Tensor, threshold: float = MASK_THRESHOLD) -> Tensor:
     """A mask [H,W] without what is faint and lies apart; all other values, soft edges above all, stay as they are.
 
-    Px above the threshold are covered. Fainter ones are the soft edge of what is covered where they lie near it, and
-    background where they do not: a detector's haze or a heat map, which would make the whole picture the region.
+    Px above the threshold are covered. Fainter ones are the soft edge of what is covered where they lie near it and
+    above what lies farther away, the background: a detector's haze or a heat map would make the whole picture the
+    region.
     """
     faint = (mask > VISIBLE) & (mask <= threshold)
     if not faint.any():
         return mask
     reach = max(1, round(max(mask.shape) / SOFT_EDGE))
-    near = ndimage.maximum_filter((mask > threshold).numpy(), size=2 * reach + 1, mode="constant")
-    return mask * torch.from_numpy(near)
+    near = torch.from_numpy(ndimage.maximum_filter((mask > threshold).numpy(), size=2 * reach + 1, mode="constant"))
+    background = mask.masked_fill(near, 0).amax()
+    return mask * (near & (mask > background))
 
 
 def crop_mask(mask: Tensor, window: Window) -> Tensor:

@@ -1,7 +1,7 @@
 """Input checks at the nodes' door: everything that can be known to fail is said before a model is loaded."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def check_image(image: Tensor, name: str = "image") -> None:
         )
 
 
-def is_plain(given: Any) -> bool:
+def is_plain(given: Any) -> TypeGuard[Tensor]:
     """Whether it is a tensor whose values can be read one by one."""
     return isinstance(given, Tensor) and given.layout == torch.strided and given.device.type != "meta"
 

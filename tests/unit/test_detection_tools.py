@@ -289,10 +289,11 @@ def scattered(count: int, with_masks: bool, side: float = 400) -> list[Detection
 @pytest.mark.parametrize("with_masks", [False, True])
 @pytest.mark.parametrize("iou", [0.05, 0.5])
 def test_overlaps_of_3000_take_seconds(with_masks: bool, iou: float) -> None:
+    """A generous bound, for machines under load: comparing every two takes minutes."""
     found = Detections(tuple(scattered(3000, with_masks)), 4096, 4096)
     start = time.process_time()
     kept = filtered(found, nms_iou=iou)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20
     assert 20 < len(kept) < 1500
 
 

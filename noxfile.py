@@ -1,4 +1,4 @@
-"""The commands of this repository: ``nox -s`` and ``demo``, ``tests``, ``host``, ``lint`` or ``bench``.
+"""The commands of this repository: ``nox -s`` with demo, tests, host, fuzz, lint, bench or train.
 
 They share the environment in ``.cache/venv``, which the first command builds (see scripts/workspace.py); ``host``
 builds one for each ComfyUI that it is shown.
@@ -67,6 +67,13 @@ def host(session: nox.Session) -> None:
     python = _set_up(session, partial(workspace.set_up_host, comfyui))
     bytecode = str(workspace.host_environment(comfyui).folder / "bytecode")  # or it would go into the ComfyUI folder
     _test(session, python, session.posargs[1:], {"COMFYUI_PATH": str(comfyui), "PYTHONPYCACHEPREFIX": bytecode})
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Feed 10,000 damaged and absurd inputs to everything that reads any; ``nox -s fuzz -- -k boxes`` feeds a part."""
+    environment = {"LUNA_FUZZ": "long", "OMP_NUM_THREADS": "1"}
+    session.run(_set_up(session), "-m", "pytest", "tests/fuzz", *session.posargs, env=environment, external=True)
 
 
 @nox.session

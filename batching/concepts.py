@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..values import fraction, shown, text
+from ..words import fits, folded, split_list
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +44,15 @@ class Concept:
     def __post_init__(self) -> None:
         if not self.patterns:
             raise LunaInputError("match is empty: write a label such as face, a pattern such as hand*, or * for all")
-        if self.denoise is not None and not 0 <= self.denoise <= 1:
-            raise LunaInputError(f"denoise of concept '{self.match}' is {self.denoise}: use 0 to 1")
+        if self.denoise is not None:
+            fraction(self.denoise, f"denoise of concept {shown(self.match)}")
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        return tuple(part.strip().lower() for part in self.match.split(",") if part.strip())
+        return tuple(map(folded, split_list(text(self.match, "match"))))
 
     def matches(self, label: str) -> bool:
-        return any(fnmatchcase(label.strip().lower(), pattern) for pattern in self.patterns)
+        return fits(label, self.patterns)
 
 
 def concept_for(label: str, concepts: Sequence[Concept]) -> Concept | None:

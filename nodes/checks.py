@@ -1,7 +1,7 @@
 """Input checks at the nodes' door: everything that can be known to fail is said before a model is loaded."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -10,25 +10,70 @@ from torch.nn import GroupNorm
 from ..batching.plan import CELL_PX
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
+from ..values import shown
+
+PICTURE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+NOTEWORTHY = 1 / 255
+"""How far values may leave 0..1, by a resampling, before it is worth a word."""
 
 
 def check_image(image: Tensor, name: str = "image") -> None:
-    """An IMAGE must be [B,H,W,3] or [B,H,W,4], hold at least one picture, and hold numbers only.
+    """An IMAGE must be [B,H,W,3] or [B,H,W,4] of floats, hold at least one picture, and hold numbers of 0 to 1.
+
+    A few values beyond are highlights and are taken, see ``range_notices``; a picture of 0..255 is not.
 
     Raises:
         LunaInputError: naming the input, what was given and what to do.
     """
+    if not is_plain(image):
+        raise LunaInputError(f"{name} is {shown(image)}: a picture batch [B,H,W,3] is needed")
     if image.ndim != 4 or image.shape[-1] not in (3, 4):
         raise LunaInputError(
             f"{name} has shape {list(image.shape)}: a picture batch [B,H,W,3], or [B,H,W,4] with alpha, is needed"
         )
     if 0 in image.shape:
         raise LunaInputError(f"{name} has shape {list(image.shape)}: it holds no picture")
-    if not torch.isfinite(image).all():
+    if image.dtype not in PICTURE_TYPES:
+        raise LunaInputError(
+            f"{name} holds {image.dtype}: floating point numbers from 0 to 1 are needed. Divide whole numbers of 0 to "
+            "255 by 255"
+        )
+    low, high = (float(value) for value in torch.aminmax(image))  # without a temporary as large as the picture
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise LunaInputError(
             f"{name} holds values that are not numbers (NaN or infinity): "
             "a node before this one failed, often a VAE decoding in half precision"
         )
+    if high > 1 + NOTEWORTHY and _is_of_another_range(image):
+        raise LunaInputError(
+            f"{name} holds values up to {high:g}, most of them above 1: pictures go from 0 to 1, divide this one by "
+            f"{255 if high <= 255 else 65535 if high <= 65535 else 'its largest value'}"
+        )
+
+
+def is_plain(given: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor whose values can be read one by one."""
+    return isinstance(given, Tensor) and given.layout == torch.strided and given.device.type != "meta"
+
+
+def _is_of_another_range(image: Tensor) -> bool:
+    """Whether a picture [B,H,W,C] that goes beyond 1 holds nothing but whole numbers, or mostly values above 1."""
+    colours = image[..., :3]
+    if int(torch.count_nonzero(colours > 1)) > colours.numel() // 2:
+        return True
+    return not bool((colours != colours.round()).any())
+
+
+def range_notices(image: Tensor, name: str = "image") -> list[str]:
+    """What is said of a checked picture batch [B,H,W,C] that leaves 0..1, where a node will clip it."""
+    low, high = (float(value) for value in torch.aminmax(image))
+    if low >= -NOTEWORTHY and high <= 1 + NOTEWORTHY:
+        return []
+    return [
+        f"{name} holds values from {low:.4g} to {high:.4g}: what is refined or resampled is clipped to 0..1, all other "
+        "px keep their values"
+    ]
 
 
 def check_models(model: Any, vae: Any, working_px: int) -> None:
@@ -98,11 +143,16 @@ def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | Non
     """The noise of a scaffold LATENT, [1 or B,c,H,W] in latent px, or None when there is none.
 
     Raises:
-        LunaInputError: its channels or size are not those the vae gives this picture, or its batch does not fit.
+        LunaInputError: it is no noise, its channels or size are not those the vae gives this picture, or its batch
+            does not fit.
     """
     if noise_scaffold is None:
         return None
-    samples = noise_scaffold["samples"]
+    samples = noise_scaffold.get("samples") if isinstance(noise_scaffold, dict) else None
+    if not is_plain(samples) or not samples.is_floating_point():
+        raise LunaInputError(
+            f"noise_scaffold is {shown(noise_scaffold)}: a latent of noise is needed, from Luna Noise Scaffold"
+        )
     count, height, width, _ = image.shape
     ratio = vae.spacial_compression_encode()
     wanted = (vae.latent_channels, math.ceil(height / ratio), math.ceil(width / ratio))
@@ -111,6 +161,8 @@ def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | Non
             f"noise_scaffold has shape {list(samples.shape)}, but {count} picture(s) of {width}x{height} px need "
             f"[1 or {count}, {wanted[0]}, {wanted[1]}, {wanted[2]}]: connect image and this vae to Luna Noise Scaffold"
         )
+    if samples.dtype not in PICTURE_TYPES or not bool(torch.isfinite(samples).all()):
+        raise LunaInputError("noise_scaffold holds values that are not numbers: make it anew with Luna Noise Scaffold")
     return samples
 
 
@@ -121,6 +173,8 @@ def fitted(detections: Detections, image: Tensor) -> Detections:
         LunaInputError: they were made on other pictures: another number or another aspect.
     """
     count, height, width, _ = image.shape
+    if detections.is_unplaced:
+        return Detections((), width, height, count)
     if detections.image_count != count:
         raise LunaInputError(
             f"detections were made on {detections.image_count} picture(s), image holds {count}: "

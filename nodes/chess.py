@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -14,9 +13,9 @@ from ..batching.grid import TileSettings, plan_tiles
 from ..batching.refine import PasteSettings, refine
 from ..batching.upscale import scale_image
 from ..errors import LunaInputError
-from ..sam3_bridge.detections import same_aspect
+from ..sam3_bridge.from_masks import Picture, as_masks
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_depth, check_image, check_models, check_scaffold, latent_cell
+from .checks import check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
 from .refiner_inputs import (
     choose_recipe,
     color_match_input,
@@ -172,6 +171,7 @@ class LunaChessRefiner(io.ComfyNode):
             noise_scaffold=check_scaffold(noise_scaffold, vae, image),
             denoise_share=_denoise_share(refined_mask, refined_strength, image),
         )
+        warnings += range_notices(image)
         refined = refine(image, plan, engine, PasteSettings(color_match=color_match), keep_mask=False)
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)
 
@@ -185,18 +185,15 @@ def _denoise_share(mask: Tensor | None, strength: float, image: Tensor) -> Tenso
     """1 where the mask is 0, ``strength`` where it is 1: [1 or B,H,W] at the picture's size."""
     if mask is None or strength >= 1:
         return None
-    mask = (mask if mask.ndim == 3 else mask[None]).cpu()
     count, height, width, _ = image.shape
-    if mask.shape[0] not in (1, count) or not torch.isfinite(mask).all():
+    masks = as_masks(mask, Picture(width, height, count), "refined_mask")
+    if len(masks) not in (0, 1, count):
         raise LunaInputError(
             f"refined_mask has shape {list(mask.shape)} for {count} picture(s): connect one mask, or one per picture"
         )
-    if not same_aspect(mask.shape[2], mask.shape[1], width, height):
-        raise LunaInputError(
-            f"refined_mask is {mask.shape[2]}x{mask.shape[1]} px, image {width}x{height} px: "
-            "their aspect differs, use the mask of this very picture"
-        )
-    mask = scale_image(mask[..., None].float(), height, width, "bicubic")[..., 0]
+    if not masks.any():  # Load Image gives 64x64 zeros for a picture without alpha
+        return None
+    mask = scale_image(masks[..., None], height, width, "bicubic")[..., 0]
     return 1 - (1 - strength) * mask.clamp(0, 1)
 
 

@@ -24,7 +24,7 @@ from ..batching.plan import (
 )
 from ..batching.refine import PasteSettings, crop_batch, refine
 from .anchors import anchor_inputs, choose_anchor
-from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell
+from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
 from .refiner_inputs import (
     choose_recipe,
     color_match_input,
@@ -196,6 +196,7 @@ class LunaSemanticDetailer(io.ComfyNode):
             concepts=concepts,
         )
         warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=anchor is not None)
+        warnings += range_notices(image)
         refined = refine(image, plan, engine, PasteSettings(blend, color_match), keep_crops=True)
         return io.NodeOutput(
             refined.image,

@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
 from ..sam3_bridge.preview import draw_detections, single_masks, union_masks
 from ..sam3_bridge.select import KEEPS, ORDERS, Selection, combine, parse_labels, select
@@ -15,6 +16,9 @@ from .schema import LunaDetections, luna_schema, notice
 
 COMBINED = 6
 """Sockets of Combine; more are reached by chaining."""
+
+MOST_BYTES = 16 * 2**30
+"""Of masks, one for each detection."""
 
 PER_PICTURE, PER_DETECTION = "one per picture", "one per detection"
 
@@ -181,9 +185,17 @@ class LunaDetectionsToMask(io.ComfyNode):
             check_image(image)
             detections = fitted(detections, image)
         if len(detections) == 0:
-            empty = torch.zeros(detections.image_count, detections.height, detections.width)
+            empty = torch.zeros(detections.image_count, detections.height or 64, detections.width or 64)
             return io.NodeOutput(empty, ui=notice("detections are empty: the mask is black"))
-        return io.NodeOutput(union_masks(detections) if masks == PER_PICTURE else single_masks(detections))
+        if masks == PER_PICTURE:
+            return io.NodeOutput(union_masks(detections))
+        needed = 4 * len(detections) * detections.width * detections.height
+        if needed > MOST_BYTES:
+            raise LunaInputError(
+                f"{len(detections)} masks of {detections.width}x{detections.height} px would take "
+                f"{needed / 2**30:.1f} GiB: filter the detections first, or connect a smaller image"
+            )
+        return io.NodeOutput(single_masks(detections))
 
 
 class LunaDetectionsPreview(io.ComfyNode):

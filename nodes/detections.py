@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
-from ..sam3_bridge.from_boxes import BOX_FORMATS, from_boxes, parse_boxes, with_scores
-from ..sam3_bridge.from_masks import Picture, from_masks
+from ..sam3_bridge.from_boxes import from_boxes
+from ..sam3_bridge.from_masks import MASK_THRESHOLD, Picture, from_masks
+from ..sam3_bridge.read_boxes import BOX_FORMATS, parse_boxes, read_label, with_scores
+from ..values import text
 from .checks import check_image
 from .schema import LunaDetections, luna_schema, notice
 
@@ -49,13 +51,32 @@ class LunaDetectionsFromMasks(io.ComfyNode):
                     default=False,
                     tooltip="Every connected area of a mask becomes its own detection, each its own row of the batch.",
                 ),
+                io.Float.Input(
+                    "mask_threshold",
+                    default=MASK_THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Values above it count as mask. Fainter ones are kept as the soft edge around it, and are "
+                    "background elsewhere. Raise it for heat maps.",
+                ),
             ],
             outputs=[detections_output()],
         )
 
     @classmethod
-    def execute(cls, masks: Tensor, image: Tensor, label: str, split_islands: bool) -> io.NodeOutput:
-        return node_output(*from_masks(masks, picture_of(image), label.strip(), split_islands))
+    def execute(
+        cls,
+        masks: Tensor,
+        image: Tensor,
+        label: str,
+        split_islands: bool,
+        mask_threshold: float = MASK_THRESHOLD,
+    ) -> io.NodeOutput:
+        return node_output(
+            *from_masks(masks, picture_of(image), read_label(label, "label"), split_islands, mask_threshold)
+        )
 
 
 class LunaDetectionsFromBoxes(io.ComfyNode):
@@ -84,7 +105,10 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
                     tooltip="Boxes as ComfyUI's detector nodes give them, or rows of numbers from other packs.",
                 ),
                 io.Mask.Input(
-                    "masks", optional=True, tooltip="One mask per box in the same order, or one per picture."
+                    "masks",
+                    optional=True,
+                    tooltip="One mask per box in the same order, or one per picture. Without boxes they are the "
+                    "detections, as SAM3 gives them for points.",
                 ),
                 io.String.Input(
                     "scores_json",
@@ -116,6 +140,7 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
         box_format: Any = BOX_FORMATS[0],
     ) -> io.NodeOutput:
         picture = picture_of(image)
+        boxes_json, scores_json = text(boxes_json, "boxes_json"), text(scores_json, "scores_json")
         if bboxes is not None and boxes_json.strip():
             raise LunaInputError("both bboxes and boxes_json are given: clear the text, or disconnect bboxes")
         if bboxes is None and not boxes_json.strip():
@@ -124,7 +149,7 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
         boxes = parse_boxes(given, picture.image_count, name, box_format)
         if scores_json.strip():
             boxes = with_scores(boxes, scores_json)
-        return node_output(*from_boxes(boxes, picture, masks, label.strip(), name))
+        return node_output(*from_boxes(boxes, picture, masks, read_label(label, "label"), name))
 
 
 NODES = (LunaDetectionsFromMasks, LunaDetectionsFromBoxes)

@@ -13,6 +13,7 @@ from ..ip_adapter.attention import SCALINGS
 from ..ip_adapter.comfy_encode import check_clip_vision, check_compatible, encode_rows
 from ..ip_adapter.comfy_patch import as_ip_adapter, layers_for, load_ip_adapter, model_supports_anchoring, patch_model
 from ..ip_adapter.layer_weights import LAYER_PRESETS, parse_layer_weights, parse_numbers
+from ..sam3_bridge.from_masks import mask_batch
 from .checks import check_image
 from .folders import IP_ADAPTER_FOLDER
 from .schema import IPAdapterType, LunaEmbeds, LunaLayerWeightsType, luna_schema, notice
@@ -193,7 +194,7 @@ def _row_weights(text: str, count: int) -> Tensor:
 def _row_masks(mask: Tensor | None, count: int) -> Tensor | None:
     if mask is None:
         return None
-    masks = mask.reshape(-1, *mask.shape[-2:])
+    masks = mask_batch(mask, "attn_mask")
     if len(masks) not in (1, count):
         raise LunaInputError(f"attn_mask holds {len(masks)} masks for {count} images: give one, or one for each")
     return masks.expand(count, -1, -1).clamp(0, 1)

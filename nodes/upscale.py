@@ -11,8 +11,8 @@ from ..batching.noise import row_generator
 from ..batching.scaffold import pyramid_noise
 from ..batching.upscale import UPSCALE_METHODS, fitted_size, scale_image
 from ..errors import LunaInputError
-from .checks import check_image
-from .schema import luna_schema
+from .checks import check_image, range_notices
+from .schema import luna_schema, notice
 
 
 class LunaPrepUpscale(io.ComfyNode):
@@ -63,7 +63,8 @@ class LunaPrepUpscale(io.ComfyNode):
         width, height = fitted_size(image.shape[2], image.shape[1], target_size, multiple_of)
         if upscale_model is not None and max(image.shape[1:3]) < max(width, height):
             image = _with_model(upscale_model, image)
-        return io.NodeOutput(scale_image(image, height, width, method))
+        lines = range_notices(image) if image.shape[1:3] != (height, width) else []
+        return io.NodeOutput(scale_image(image, height, width, method), ui=notice(*lines) if lines else None)
 
 
 def _with_model(upscale_model: Any, image: Tensor) -> Tensor:

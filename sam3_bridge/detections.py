@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..words import tidy
 
 BoxPx = tuple[float, float, float, float]
 """x1, y1, x2, y2 in px, fractional; px k reaches from k to k + 1."""
@@ -18,6 +19,15 @@ ASPECT_TOLERANCE = 0.02
 
 ROUNDED_TO, ROUNDED_MOST = 64, 0.08
 """Sides that are multiples of up to so many px may have been rounded to them; how far the aspect may change by it."""
+
+MOST_DETECTIONS = 4096
+"""More rows than any run refines; of more islands than this the largest are kept."""
+
+MOST_SIDE_PX, MOST_AREA_PX = 2**17, 2**29
+"""Of a picture that an input may claim: its mask alone takes 2 GiB."""
+
+LEAST_PX = 1 / 256
+"""A box less wide or high is empty: no picture shows so little, and divisions by it leave all bounds."""
 
 VISIBLE = 0.5 / 255
 """Mask values below half an 8-bit level are resampling noise, not mask."""
@@ -32,7 +42,7 @@ class Detection:
         box: xyxy px of the picture.
         mask: [h,w] float32 in 0..1 that spans ``box`` exactly, at any resolution; None for the whole box.
         score: 0..1.
-        label: the concept, "" when the detector names none.
+        label: the concept, "" when the detector names none; brought to one line and composed accents.
         extra: what else a detector's format carries, handed back untouched when going back to that format.
 
     Raises:
@@ -54,6 +64,7 @@ class Detection:
         check_score(self.score, name)
         if self.mask is not None:
             check_mask(self.mask, name)
+        object.__setattr__(self, "label", tidy(self.label))
 
     @property
     def width(self) -> float:
@@ -82,11 +93,12 @@ class Detections:
 
     Attributes:
         items: the detections.
-        width, height: size of the pictures, px.
+        width, height: size of the pictures, px; both 0 where nothing was found on pictures of unknown size.
         image_count: number of pictures in the batch.
 
     Raises:
-        LunaInputError: an item lies outside its picture, or on a picture that does not exist.
+        LunaInputError: the size is none or beyond reason, an item lies outside its picture, or on a picture that does
+            not exist.
     """
 
     items: tuple[Detection, ...]
@@ -95,10 +107,12 @@ class Detections:
     image_count: int = 1
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.height < 1 or self.image_count < 1:
+        size = f"detections: {self.image_count} picture(s) of {self.width}x{self.height} px"
+        if not self.is_unplaced and (self.width < 1 or self.height < 1 or self.image_count < 1):
+            raise LunaInputError(f"{size}: at least one picture of 1x1 px is needed")
+        if max(self.width, self.height) > MOST_SIDE_PX or self.width * self.height > MOST_AREA_PX:
             raise LunaInputError(
-                f"detections: {self.image_count} picture(s) of {self.width}x{self.height} px: "
-                "at least one picture of 1x1 px is needed"
+                f"{size}: at most {MOST_SIDE_PX} px a side and {MOST_AREA_PX // 10**6} Mpx are handled"
             )
         for index, item in enumerate(self.items):
             x1, y1, x2, y2 = item.box
@@ -119,6 +133,11 @@ class Detections:
     def __iter__(self) -> Iterator[Detection]:
         return iter(self.items)
 
+    @property
+    def is_unplaced(self) -> bool:
+        """Whether this is nothing on pictures of unknown size, which fits any picture."""
+        return not self.items and self.width == self.height == 0
+
     def with_items(self, items: Sequence[Detection]) -> "Detections":
         """The same pictures with other items."""
         return replace(self, items=tuple(items))
@@ -126,6 +145,13 @@ class Detections:
     def on_image(self, image_index: int) -> tuple[Detection, ...]:
         """The items of one picture, in order."""
         return tuple(item for item in self.items if item.image_index == image_index)
+
+    def by_image(self) -> list[list[Detection]]:
+        """The items of every picture, in order."""
+        pictures: list[list[Detection]] = [[] for _ in range(self.image_count)]
+        for item in self.items:
+            pictures[item.image_index].append(item)
+        return pictures
 
     def scaled_to(self, width: int, height: int) -> "Detections":
         """The same detections on the pictures at another size; masks keep their own resolution.
@@ -138,6 +164,8 @@ class Detections:
         """
         if (width, height) == (self.width, self.height):
             return self
+        if self.is_unplaced:
+            return replace(self, width=width, height=height)
         if not same_aspect(self.width, self.height, width, height):
             raise LunaInputError(
                 f"detections were made on a picture of {self.width}x{self.height} px, the picture here has "
@@ -165,6 +193,13 @@ def check_box(box: Sequence[float], name: str) -> None:
         raise LunaInputError(
             f"{name}: box {format_box(box)} is reversed or empty: x2 must be greater than x1 and y2 greater than y1"
         )
+
+
+def clip_box(box: BoxPx, width: int, height: int) -> BoxPx | None:
+    """The part of a box on a picture of ``width`` x ``height`` px; None where it lies outside."""
+    x1, y1 = max(0.0, box[0]), max(0.0, box[1])
+    x2, y2 = min(float(width), box[2]), min(float(height), box[3])
+    return None if x2 - x1 < LEAST_PX or y2 - y1 < LEAST_PX else (x1, y1, x2, y2)
 
 
 def check_score(score: float, name: str) -> None:
@@ -247,8 +282,10 @@ def _resample_rows(mask: Tensor, start: float, stop: float, first: int, last: in
     reach = max(1.0, per_px)
     px = torch.arange(first, last, dtype=torch.float64) + 0.5
     centres = ((px - start) * per_px - 0.5).clamp(0, texels - 1)
-    nearest = (centres - reach).floor().long() + 1
-    taps = nearest[:, None] + torch.arange(math.ceil(2 * reach))
+    if 2 * reach >= texels:  # a px reads most of the mask
+        taps = torch.arange(texels).expand(len(px), -1)
+    else:
+        taps = ((centres - reach).floor().long() + 1)[:, None] + torch.arange(math.ceil(2 * reach))
     weights = (1 - (centres[:, None] - taps).abs() / reach).clamp(min=0).masked_fill((taps < 0) | (taps >= texels), 0)
     weights = (weights / weights.sum(dim=1, keepdim=True)).float()
     drawn = torch.zeros(last - first, mask.shape[1])

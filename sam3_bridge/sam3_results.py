@@ -10,7 +10,7 @@ from torch import Tensor
 from .concepts import Concept
 from .detections import BoxPx, Detection, rasterise
 from .from_masks import Picture, crop_mask, to_picture_px, visible_box
-from .select import without_overlaps
+from .overlaps import without_overlaps
 
 FINER = 4
 """How much finer than SAM3's own grid a mask's edge is kept: the logits between two texels say where it runs."""

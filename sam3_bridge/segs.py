@@ -10,12 +10,28 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaInputError
-from .detections import BoxPx, Detection, Detections, check_box, check_score, outward_px, rasterise
-from .from_masks import RANGE_SLACK, crop_mask, visible_box
+from ..values import real, shown, whole
+from .detections import (
+    MOST_AREA_PX,
+    MOST_SIDE_PX,
+    BoxPx,
+    Detection,
+    Detections,
+    check_box,
+    check_score,
+    clip_box,
+    outward_px,
+    rasterise,
+)
+from .from_masks import check_range, crop_mask, plain_numbers, visible_box, without_background
+from .read_boxes import read_label
 
 WindowPx = tuple[int, int, int, int]
 Segs = tuple[tuple[int, int], list[Any]]
 """((height, width), [SEG, …])"""
+
+MOST_BYTES = 8 * 2**30
+"""Of the masks of SEGS: their format wants one for each whole crop region."""
 
 
 class SEG(NamedTuple):
@@ -57,7 +73,8 @@ def from_segs(segs: Any) -> tuple[Detections, tuple[str, ...]]:
     """Detections of SEGS, on one picture, in their order.
 
     Args:
-        segs: ``((height, width), [SEG, …])``; any object with a SEG's fields will do.
+        segs: ``((height, width), [SEG, …])``; any object with a SEG's fields will do. ``((0, 0), [])``, which stands
+            for nothing, is nothing on pictures of unknown size.
 
     Returns:
         The detections, each with its segment as ``extra``, and notices.
@@ -66,9 +83,17 @@ def from_segs(segs: Any) -> tuple[Detections, tuple[str, ...]]:
         LunaInputError: it is no SEGS, or a segment's numbers are wrong.
     """
     width, height, entries = _read_header(segs)
-    items = [_detection(seg, place, width, height) for place, seg in enumerate(entries)]
-    notices = () if items else ("segs holds no segment",)
-    return Detections(tuple(items), width, height), notices
+    found = [_detection(seg, place, width, height) for place, seg in enumerate(entries)]
+    outside = [place for place, item in enumerate(found) if item is None]
+    notices = []
+    if not entries:
+        notices.append("segs holds no segment")
+    if outside:
+        notices.append(
+            f"segs: {len(outside)} of {len(entries)} segments lie outside the {width}x{height} px picture and were "
+            f"left out, first number {outside[0]}"
+        )
+    return Detections(tuple(item for item in found if item is not None), width, height), tuple(notices)
 
 
 def to_segs(detections: Detections, image_index: int = 0, crop_factor: float = 3.0) -> Segs:
@@ -85,45 +110,58 @@ def to_segs(detections: Detections, image_index: int = 0, crop_factor: float = 3
         ``((height, width), [SEG, …])``
 
     Raises:
-        LunaInputError: there is no such picture, or the factor is below 1.
+        LunaInputError: there is no such picture, the factor is below 1, or the masks would not fit in memory.
     """
-    if not 0 <= image_index < detections.image_count:
+    image_index, crop_factor = whole(image_index, "image_index"), real(crop_factor, "crop_factor")
+    if image_index >= detections.image_count:
         raise LunaInputError(
             f"image_index is {image_index}, detections are on {detections.image_count} picture(s), counted from 0"
         )
     if not crop_factor >= 1:
         raise LunaInputError(f"crop_factor is {crop_factor}: 1 (the box itself) or more is needed")
     items = detections.on_image(image_index)
+    new = [item for item in items if _unchanged(item) is None]
+    sizes = [crop_region(item.box, crop_factor, detections.width, detections.height) for item in new]
+    needed = 4 * sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in sizes)
+    if needed > MOST_BYTES:
+        raise LunaInputError(
+            f"crop_factor is {crop_factor:g}: the masks of {len(new)} segments would take {needed / 2**30:.1f} GiB, "
+            "for SEGS hold one for each whole crop region. Lower it, or filter the detections first"
+        )
     return (detections.height, detections.width), [_seg(item, detections, crop_factor) for item in items]
 
 
 def _read_header(segs: Any) -> tuple[int, int, Sequence[Any]]:
+    no_segs = f"segs is a {type(segs).__name__} that is no SEGS: ((height, width), [segment, …]) is needed"
     try:
         (height, width, *_), entries = segs
-        width, height, entries = int(width), int(height), list(entries)
-    except (TypeError, ValueError) as error:
-        raise LunaInputError(
-            f"segs is a {type(segs).__name__} that is no SEGS: ((height, width), [segment, …]) is needed"
-        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LunaInputError(no_segs) from error
+    if not isinstance(entries, list | tuple) or isinstance(height, str):
+        raise LunaInputError(no_segs)
+    width, height = whole(width, "segs: width"), whole(height, "segs: height")
+    if (width == 0 or height == 0) and not (width == height == len(entries) == 0):
+        raise LunaInputError(f"segs holds {len(entries)} segments on a picture of {width}x{height} px: detect again")
+    if width > MOST_SIDE_PX or height > MOST_SIDE_PX or width * height > MOST_AREA_PX:
+        raise LunaInputError(f"segs claims a picture of {width}x{height} px, which is larger than any")
     return width, height, entries
 
 
-def _detection(seg: Any, place: int, width: int, height: int) -> Detection:
+def _detection(seg: Any, place: int, width: int, height: int) -> Detection | None:
+    """A segment as a detection; None where it lies outside the picture."""
     name = f"segs: segment {place}"
     missing = [field for field in ("cropped_mask", "confidence", "crop_region", "bbox") if not hasattr(seg, field)]
     if missing:
         raise LunaInputError(f"{name} is a {type(seg).__name__} without {', '.join(missing)}: a SEG is needed")
-    bbox = _numbers(seg.bbox, f"{name}: bbox")
-    check_box(bbox, f"{name}: bbox")
     score = _score(seg.confidence, name)
-    bbox = (max(0.0, bbox[0]), max(0.0, bbox[1]), min(float(width), bbox[2]), min(float(height), bbox[3]))
-    if bbox[0] >= bbox[2] or bbox[1] >= bbox[3]:
-        raise LunaInputError(f"{name}: bbox {list(seg.bbox)} lies outside the {width}x{height} px picture")
+    bbox = clip_box(_numbers(seg.bbox, f"{name}: bbox"), width, height)
+    if bbox is None:
+        return None
     box, mask = bbox, None
     if seg.cropped_mask is not None:
         region = _region(seg.crop_region, name, width, height)
-        box, mask = _cut(_mask(seg.cropped_mask, region, name), bbox, region)
-    label = str(getattr(seg, "label", None) or "")
+        box, mask = _cut(without_background(_mask(seg.cropped_mask, region, name)), bbox, region)
+    label = read_label(getattr(seg, "label", None), name)
     return Detection(0, box, mask, score, label, extra=SegOrigin(seg, box, mask))
 
 
@@ -143,51 +181,75 @@ def _cut(mask: Tensor, bbox: BoxPx, region: WindowPx) -> tuple[BoxPx, Tensor]:
 
 
 def _region(given: Any, name: str, width: int, height: int) -> WindowPx:
-    numbers = _numbers(given, f"{name}: crop_region")
-    check_box(numbers, f"{name}: crop_region")
-    x1, y1, x2, y2 = (round(value) for value in numbers)
+    x1, y1, x2, y2 = (round(value) for value in _numbers(given, f"{name}: crop_region"))
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
         raise LunaInputError(f"{name}: crop_region {[x1, y1, x2, y2]} reaches outside the {width}x{height} px picture")
     return x1, y1, x2, y2
 
 
 def _mask(given: Any, region: WindowPx, name: str) -> Tensor:
-    mask = given if isinstance(given, Tensor) else torch.from_numpy(np.asarray(given))
-    if mask.ndim == 3 and mask.shape[0] == 1:
-        mask = mask[0]
+    """A segment's mask [h,w] over its region as float32 in 0..1."""
+    name = f"{name}: cropped_mask"
+    mask = given if isinstance(given, Tensor) else _tensor(given, name)
+    if mask.ndim == 3:
+        mask = mask[0] if mask.shape[0] == 1 else mask[..., 0] if mask.shape[2] == 1 else mask
     wanted = (region[3] - region[1], region[2] - region[0])
-    if tuple(mask.shape) != wanted:
+    if tuple(mask.shape) != wanted or 0 in wanted:
         raise LunaInputError(
-            f"{name}: cropped_mask has shape {list(mask.shape)}, its crop_region {list(region)} needs {list(wanted)}"
+            f"{name} has shape {list(mask.shape)}, its crop_region {list(region)} needs {list(wanted)}"
         )
-    scale = 1.0 if mask.is_floating_point() or mask.dtype == torch.bool else 255.0
-    mask = mask.detach().to(device="cpu", dtype=torch.float32) / scale
-    if not bool(((mask >= -RANGE_SLACK) & (mask <= 1 + RANGE_SLACK)).all()):
-        raise LunaInputError(f"{name}: cropped_mask holds values outside 0..1")
+    mask = plain_numbers(mask, name)
+    check_range(mask, f"{name} holds values outside 0..1,")
     return mask.clamp(0, 1)
 
 
-def _numbers(given: Any, name: str) -> BoxPx:
+def _tensor(given: Any, name: str) -> Tensor:
+    """An array of any layout and byte order as a tensor of PyTorch's own."""
+    wanted = f"{name} is {shown(given)}: an array [h,w] of numbers is needed"
     try:
-        x1, y1, x2, y2 = (float(value) for value in given)
-    except (TypeError, ValueError) as error:
-        raise LunaInputError(f"{name} is {given!r}: four numbers x1, y1, x2, y2 are needed") from error
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists and the like
+        raise LunaInputError(wanted) from error
+    if array.dtype.kind not in "buif" or array.ndim not in (2, 3):
+        raise LunaInputError(wanted)
+    whole_numbers = array.dtype.kind in "bui"
+    with np.errstate(over="ignore"):  # what leaves float32 becomes infinite and is refused for it
+        return torch.from_numpy(np.array(array, dtype=np.int64 if whole_numbers else np.float32, order="C"))
+
+
+def _numbers(given: Any, name: str) -> BoxPx:
+    """Four finite numbers of a box that is neither reversed nor empty."""
+    try:
+        row = [] if isinstance(given, str) else list(given)
+    except TypeError:
+        row = []
+    if len(row) != 4:
+        raise LunaInputError(f"{name} is {shown(given)}: four numbers x1, y1, x2, y2 are needed")
+    x1, y1, x2, y2 = (real(value, f"{name}: number {place}") for place, value in enumerate(row))
+    check_box((x1, y1, x2, y2), name)
     return x1, y1, x2, y2
 
 
 def _score(given: Any, name: str) -> float:
-    try:
-        score = float(np.asarray(given).reshape(()))
-    except (TypeError, ValueError) as error:
-        raise LunaInputError(f"{name}: confidence is {given!r}: a number from 0 to 1 is needed") from error
-    check_score(score, f"{name}: confidence")
+    name = f"{name}: confidence"
+    if isinstance(given, float):
+        check_score(given, name)
+    score = real(given, name)
+    check_score(score, name)
     return score
 
 
+def _unchanged(item: Detection) -> Any:
+    """The segment a detection came from, where it is as it came."""
+    origin = item.extra
+    return origin.seg if isinstance(origin, SegOrigin) and origin.still_is(item) else None
+
+
 def _seg(item: Detection, pictures: Detections, crop_factor: float) -> Any:
+    unchanged = _unchanged(item)
+    if unchanged is not None:
+        return unchanged
     origin = item.extra if isinstance(item.extra, SegOrigin) else None
-    if origin is not None and origin.still_is(item):
-        return origin.seg
     region = crop_region(item.box, crop_factor, pictures.width, pictures.height)
     mask = rasterise(item, region).numpy()
     wrapper = None if origin is None else getattr(origin.seg, "control_net_wrapper", None)

@@ -1,41 +1,35 @@
 """Which detections to keep, and in which order: labels, scores, sizes, overlaps, the best of each kind."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from ..errors import LunaInputError
-from .detections import Detection, Detections, rasterise, same_aspect
+from ..values import fraction, shown, text
+from ..words import fits, folded, split_list
+from .detections import Detection, Detections, same_aspect
+from .overlaps import without_overlaps
 
 Keep = Literal["all", "largest", "best", "most central"]
 Order = Literal["as found", "score", "area", "left to right", "top to bottom"]
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 ORDERS: tuple[Order, ...] = get_args(Order)
 
-_OVERLAP_GRID = 64
-"""Cells per side on which two masks are compared: an IoU is good to about a hundredth, at any picture size."""
-
 
 @dataclass(frozen=True)
 class LabelPatterns:
     """Label patterns: a label passes when one of ``wanted`` fits (or none is given) and none of ``unwanted`` does.
 
-    ``*`` and ``?`` stand for any letters and any one letter; upper and lower case are the same.
+    ``*`` and ``?`` stand for any letters and any one letter, all other signs for themselves; upper and lower case are
+    the same. As ``parse_labels`` gives them.
     """
 
     wanted: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
 
     def __contains__(self, label: object) -> bool:
-        name = str(label).strip().lower()
-        if any(fnmatchcase(name, pattern) for pattern in self.unwanted):
-            return False
-        return not self.wanted or any(fnmatchcase(name, pattern) for pattern in self.wanted)
+        name = str(label)
+        return not fits(name, self.unwanted) and (not self.wanted or fits(name, self.wanted))
 
 
 @dataclass(frozen=True)
@@ -66,36 +60,32 @@ class Selection:
 
     def __post_init__(self) -> None:
         for name in ("min_score", "min_size", "max_size", "nms_iou"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise LunaInputError(f"{name} is {value}: a fraction from 0 to 1 is needed")
+            fraction(getattr(self, name), name)
         if self.min_size > self.max_size:
             raise LunaInputError(f"min_size {self.min_size} is above max_size {self.max_size}: nothing could pass")
-        if self.keep not in KEEPS:
-            raise LunaInputError(f"keep is '{self.keep}': choose one of {', '.join(KEEPS)}")
-        if self.order not in ORDERS:
-            raise LunaInputError(f"order is '{self.order}': choose one of {', '.join(ORDERS)}")
-        if self.max_count < 0:
-            raise LunaInputError(f"max_count is {self.max_count}: give a number, or 0 for all")
+        _check_choice("keep", self.keep, KEEPS)
+        _check_choice("order", self.order, ORDERS)
+        if not isinstance(self.max_count, int) or self.max_count < 0:
+            raise LunaInputError(f"max_count is {shown(self.max_count)}: give a whole number, or 0 for all")
 
 
-def split_list(text: str) -> list[str]:
-    """The entries of a list written with commas, semicolons or one per line; blanks are left out."""
-    return [entry.strip() for entry in re.split(r"[,;\n]", text) if entry.strip()]
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise LunaInputError(f"{name} is {shown(value)}: choose one of {', '.join(choices)}")
 
 
-def parse_labels(text: str, name: str = "labels") -> LabelPatterns:
+def parse_labels(given: str, name: str = "labels") -> LabelPatterns:
     """Reads ``face, *eye*, -hand``: patterns of labels, with a minus in front for those to leave out.
 
     Raises:
-        LunaInputError: a minus stands alone.
+        LunaInputError: it is no text, or a minus stands alone.
     """
     wanted: list[str] = []
     unwanted: list[str] = []
-    for entry in split_list(text.lower()):
-        pattern = entry.lstrip("-").strip()
+    for entry in split_list(text(given, name)):
+        pattern = folded(entry.lstrip("-"))
         if not pattern:
-            raise LunaInputError(f"{name}: '{entry}' names no label: write for example face, -hand")
+            raise LunaInputError(f"{name}: {shown(entry)} names no label: write for example face, -hand")
         (unwanted if entry.startswith("-") else wanted).append(pattern)
     return LabelPatterns(tuple(wanted), tuple(unwanted))
 
@@ -104,10 +94,10 @@ def select(detections: Detections, selection: Selection) -> Detections:
     """What passes: labels, score and size first, then overlaps, then the one of each label, then order and count."""
     picture_area = detections.width * detections.height
     kept: list[Detection] = []
-    for index in range(detections.image_count):
+    for on_picture in detections.by_image():
         items = [
             item
-            for item in detections.on_image(index)
+            for item in on_picture
             if item.label in selection.labels
             and item.score >= selection.min_score
             and selection.min_size <= item.area / picture_area <= selection.max_size
@@ -129,9 +119,12 @@ def combine(parts: Mapping[int, Detections]) -> Detections:
     Raises:
         LunaInputError: the pictures differ in number or aspect, so they cannot be the same.
     """
-    (first_number, first), *_ = parts.items()
+    placed = {number: part for number, part in parts.items() if not part.is_unplaced}
+    if not placed:
+        return next(iter(parts.values()))
+    (first_number, first), *_ = placed.items()
     items: list[Detection] = []
-    for number, part in parts.items():
+    for number, part in placed.items():
         if part.image_count != first.image_count or not same_aspect(first.width, first.height, part.width, part.height):
             raise LunaInputError(
                 f"detections_{number} was made on {_pictures(part)}, detections_{first_number} on {_pictures(first)}: "
@@ -143,56 +136,6 @@ def combine(parts: Mapping[int, Detections]) -> Detections:
 
 def _pictures(detections: Detections) -> str:
     return f"{detections.image_count} picture(s) of {detections.width}x{detections.height} px"
-
-
-def box_iou(items: Sequence[Detection]) -> Tensor:
-    """Intersection over union of the boxes of every two: [N,N] float64."""
-    boxes = torch.tensor([item.box for item in items], dtype=torch.float64).reshape(-1, 4)
-    low = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    high = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(dim=2)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
-    return shared / (areas[:, None] + areas[None, :] - shared)
-
-
-def mask_iou(one: Detection, other: Detection) -> float:
-    """Intersection over union of two masks, compared on a coarse grid over both boxes."""
-    left, top = min(one.box[0], other.box[0]), min(one.box[1], other.box[1])
-    right, bottom = max(one.box[2], other.box[2]), max(one.box[3], other.box[3])
-    across, down = _OVERLAP_GRID / (right - left), _OVERLAP_GRID / (bottom - top)
-    drawn = []
-    for item in (one, other):
-        x1, y1, x2, y2 = item.box
-        box = ((x1 - left) * across, (y1 - top) * down, (x2 - left) * across, (y2 - top) * down)
-        drawn.append(rasterise(replace(item, box=box), (0, 0, _OVERLAP_GRID, _OVERLAP_GRID)))
-    union = float(torch.maximum(*drawn).sum())
-    return float(torch.minimum(*drawn).sum()) / union if union > 0 else 0.0
-
-
-def without_overlaps(items: Sequence[Detection], iou: float) -> list[Detection]:
-    """Of items that overlap by more than ``iou`` only the one of the highest score (non-maximum suppression).
-
-    Where one has a mask, masks decide: hair around a face shares its box but not its mask, and one stray px makes a box
-    large but not a mask.
-
-    Returns:
-        The survivors in their given order.
-    """
-    if not items:
-        return []
-    overlaps = box_iou(items).tolist()
-    ranking = sorted(range(len(items)), key=lambda place: -items[place].score)
-    kept: list[int] = []
-    for place in ranking:
-        if not any(_is_same(items[place], items[better], overlaps[place][better], iou) for better in kept):
-            kept.append(place)
-    return [items[place] for place in sorted(kept)]
-
-
-def _is_same(one: Detection, other: Detection, overlap: float, iou: float) -> bool:
-    if one.mask is None and other.mask is None:
-        return overlap > iou
-    return overlap > 0 and mask_iou(one, other) > iou
 
 
 def _one_of_each(items: Sequence[Detection], keep: Keep, pictures: Detections) -> list[Detection]:

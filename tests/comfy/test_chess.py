@@ -82,8 +82,21 @@ def test_refined_places_get_less_denoise(sd15: Studio) -> None:
     assert float((gentle - full)[:, :, 72:].abs().mean()) < float((gentle - full)[:, :, 8:56].abs().mean())
     with pytest.raises(LunaInputError, match="refined_mask"):
         sd15.chess(image, refined_mask=torch.zeros(3, 128, 128))
-    with pytest.raises(LunaInputError, match="aspect differs"):
-        sd15.chess(image, refined_mask=torch.zeros(1, 50, 128))
+    with pytest.raises(LunaInputError, match=r"refined_mask has 128x50 px.*aspect"):
+        sd15.chess(image, refined_mask=torch.ones(1, 50, 128))
+
+
+def test_an_empty_mask_of_load_image_is_no_refined_mask(sd15: Studio) -> None:
+    """Load Image gives 64x64 zeros for a picture without alpha, whatever its aspect."""
+    image = photograph(height=64, width=128)
+    plain = sd15.chess(image, steps=1, tile_size=64)[0]
+    assert torch.equal(sd15.chess(image, steps=1, tile_size=64, refined_mask=torch.zeros(1, 64, 64))[0], plain)
+
+
+@pytest.mark.parametrize("given", [torch.full((1, 64, 64), float("nan")), torch.full((1, 64, 64), 7.0), torch.ones(64)])
+def test_what_is_no_refined_mask_is_named(sd15: Studio, given: torch.Tensor) -> None:
+    with pytest.raises(LunaInputError, match="refined_mask"):
+        sd15.chess(photograph(height=64, width=64), steps=1, tile_size=64, refined_mask=given)
 
 
 def test_batches_share_the_passes(sd15: Studio) -> None:

@@ -1,6 +1,8 @@
 """Filter, combine, draw: what passes, in which order, and that the drawing shows it."""
 
 import math
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,16 +16,14 @@ from luna_refinement.nodes.detection_tools import (
     LunaDetectionsPreview,
     LunaDetectionsToMask,
 )
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.sam3_bridge.detections import Detection, Detections, rasterise
+from luna_refinement.sam3_bridge.overlaps import box_iou, mask_iou, without_overlaps
 from luna_refinement.sam3_bridge.preview import draw_detections, row_colour
 from luna_refinement.sam3_bridge.select import (
     LabelPatterns,
     Selection,
-    box_iou,
-    mask_iou,
     parse_labels,
     select,
-    without_overlaps,
 )
 
 SMALL_FACE = Detection(0, (10, 10, 20, 20), score=0.9, label="face")
@@ -252,3 +252,76 @@ def test_the_preview_node_shows_and_returns_the_drawing(tmp_path: Any) -> None:
         folder_paths.set_temp_directory(before)
     assert output.args[0].shape == (1, 200, 400, 3)
     assert (tmp_path / output.ui.as_dict()["images"][0]["filename"]).is_file()
+
+
+def scattered(count: int, with_masks: bool, side: float = 400) -> list[Detection]:
+    generator = torch.Generator().manual_seed(5)
+    places = torch.rand(count, 2, generator=generator) * 3000
+    scores = torch.rand(count, generator=generator)
+    ellipse = torch.linspace(-1, 1, 48)[:, None] ** 2 + torch.linspace(-1, 1, 48)[None, :] ** 2 < 1
+    mask = ellipse.float() if with_masks else None
+    return [
+        Detection(0, (float(x), float(y), float(x) + side, float(y) + side), mask, float(score), "thing")
+        for (x, y), score in zip(places, scores, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("iou", [0.05, 0.5])
+def test_overlaps_of_3000_take_seconds(with_masks: bool, iou: float) -> None:
+    """A generous bound, for machines under load: comparing every two takes minutes."""
+    found = Detections(tuple(scattered(3000, with_masks)), 4096, 4096)
+    start = time.process_time()
+    kept = filtered(found, nms_iou=iou)
+    assert time.process_time() - start < 20
+    assert 20 < len(kept) < 1500
+
+
+def test_overlaps_are_told_as_by_comparing_every_two() -> None:
+    items = scattered(60, with_masks=True, side=900)
+    ranking = sorted(range(len(items)), key=lambda place: -items[place].score)
+    kept: list[int] = []
+    for place in ranking:
+        if all(fine_iou(items[place], items[better]) <= 0.4 for better in kept):
+            kept.append(place)
+    assert without_overlaps(items, 0.4) == [items[place] for place in sorted(kept)]
+
+
+def fine_iou(one: Detection, other: Detection) -> float:
+    """Of the masks drawn px by px."""
+    drawn = [
+        rasterise(replace(item, box=tuple(value / 10 for value in item.box)), (0, 0, 400, 400)) for item in (one, other)
+    ]
+    return float(torch.minimum(*drawn).sum() / torch.maximum(*drawn).sum())
+
+
+def test_a_filter_over_thousands_of_pictures_takes_seconds() -> None:
+    items = [Detection(k, (0, 0, 10, 10), label="face") for k in range(4000)]
+    start = time.process_time()
+    assert len(filtered(Detections(tuple(items), 20, 20, 4000), keep="best", nms_iou=0.5, max_count=1)) == 4000
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "wanted"),
+    [
+        ({"labels": None}, "labels is None"),
+        ({"min_score": "0.5"}, "min_score is '0.5'"),
+        ({"min_score": None}, "min_score is None"),
+        ({"max_size": 10**400}, "max_size is"),
+        ({"max_count": 1.5}, "max_count is 1.5"),
+        ({"max_count": math.nan}, "max_count is nan"),
+        ({"max_count": "3"}, "max_count is '3'"),
+        ({"keep": []}, "keep is"),
+        ({"order": {}}, "order is"),
+    ],
+)
+def test_filter_settings_of_another_kind_are_named(inputs: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(LunaInputError, match=wanted):
+        filtered(**inputs)
+
+
+def test_a_mask_for_each_of_thousands_is_refused_before_it_fills_the_memory() -> None:
+    found = Detections(tuple(scattered(3000, with_masks=False)), 4096, 4096)
+    with pytest.raises(LunaInputError, match=r"3000 masks.*187.5 GiB"):
+        LunaDetectionsToMask.execute(found, PER_DETECTION)

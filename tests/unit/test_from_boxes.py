@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.detections import LunaDetectionsFromBoxes
 from luna_refinement.sam3_bridge.detections import Detections
-from luna_refinement.sam3_bridge.from_boxes import from_boxes, parse_boxes, with_scores
+from luna_refinement.sam3_bridge.from_boxes import from_boxes
 from luna_refinement.sam3_bridge.from_masks import Picture
+from luna_refinement.sam3_bridge.read_boxes import MOST_BOXES, parse_boxes, with_scores
 
 ONE = Picture(200, 100, 1)
 TWO = Picture(200, 100, 2)
@@ -187,9 +189,16 @@ def test_what_cannot_be_read_is_named(given: Any, wanted: str) -> None:
     assert str(caught.value).startswith("bboxes")
 
 
-def test_boxes_outside_the_picture_are_named() -> None:
-    with pytest.raises(LunaInputError, match=r"box 1 \[300, 10, 320, 40\] lies outside the 200x100 px"):
-        found([[10, 20, 30, 40], [300, 10, 320, 40]])
+def test_a_box_outside_the_picture_is_left_out_and_named() -> None:
+    boxes = parse_boxes([[10, 20, 30, 40], [300, 10, 320, 40], [-50, -50, -10, -10]], 1)
+    masks = torch.zeros(3, 100, 200)
+    masks[0, 20:40, 10:30] = 1
+    detections, notices = from_boxes(boxes, ONE, masks)
+    assert [item.box for item in detections] == [(10, 20, 30, 40)]
+    assert (
+        "2 of 3 boxes lie outside the 200x100 px picture and were left out, first number 1 [300, 10, 320, 40]"
+        in (notices[0])
+    )
 
 
 def test_masks_must_fit_boxes_or_pictures() -> None:
@@ -230,8 +239,9 @@ def test_the_node_takes_either_text_or_boxes() -> None:
     assert len(run(boxes_json="[[1, 2, 3, 4]]").args[0]) == 1
     scored = run(boxes_json="[[1, 2, 3, 4]]", scores_json="[0.5]", masks=torch.ones(1, 100, 200)).args[0].items[0]
     assert (scored.score, scored.mask is None) == (0.5, False)
-    with pytest.raises(LunaInputError, match=r"boxes_json: box 0.*outside"):
-        run(boxes_json="[[300, 2, 303, 4]]")
+    outside = run(boxes_json="[[300, 2, 303, 4]]")
+    assert len(outside.args[0]) == 0
+    assert "boxes_json: 1 of 1 boxes lie outside" in outside.ui["text"][0]
     assert run(boxes_json="[[10, 20, 30, 40]]", box_format="x y width height").args[0].items[0].box == (10, 20, 40, 60)
     with pytest.raises(LunaInputError, match="neither bboxes nor boxes_json"):
         run()
@@ -239,3 +249,148 @@ def test_the_node_takes_either_text_or_boxes() -> None:
         run(bboxes=[FACE], boxes_json="[[1, 2, 3, 4]]")
     with pytest.raises(LunaInputError, match="boxes_json is no JSON"):
         run(boxes_json="{")
+
+
+def strips(*boxes: dict[str, float], height: int = 100, width: int = 200) -> torch.Tensor:
+    """One mask [n,H,W] for each box, filled."""
+    masks = torch.zeros(len(boxes), height, width)
+    for mask, box in zip(masks, boxes, strict=True):
+        x, y = round(box["x"]), round(box["y"])
+        mask[y : y + round(box["height"]), x : x + round(box["width"])] = 1
+    return masks
+
+
+def test_numbers_written_as_text_are_numbers() -> None:
+    given = {"x": "1", "y": "2", "width": "3", "height": "4", "score": "0.5"}
+    assert places(found(given)) == [(0, (1, 2, 4, 6), 0.5)]
+    assert places(found([["1", "2", "3", "4"]])) == [(0, (1, 2, 3, 4), 1.0)]
+    assert places(found({"x1": "1", "y1": 2, "x2": "3.5", "y2": 4})) == [(0, (1, 2, 3.5, 4), 1.0)]
+
+
+def test_point_prompts_alone_give_masks_which_become_detections() -> None:
+    """Core SAM3 with points gives one mask per picture and no box."""
+    masks = strips(FACE, HAND)
+    detections, notices = from_boxes(parse_boxes([[], []], 2), TWO, masks)
+    assert [(item.image_index, item.box) for item in detections] == [(0, (10, 20, 50, 70)), (1, HAND_AT)]
+    assert "bboxes holds no box" in notices[0]
+
+
+def test_box_prompts_give_a_mask_for_each_which_become_detections() -> None:
+    detections, notices = from_boxes(parse_boxes([[]], 1), ONE, strips(FACE, HAND, EYE))
+    assert [item.box for item in detections] == [(10, 20, 50, 70), HAND_AT, EYE_AT]
+    assert "3 detections were made of masks alone" in notices[0]
+
+
+def test_masks_without_boxes_that_fit_no_picture_name_the_way_out() -> None:
+    with pytest.raises(LunaInputError, match=r"masks holds 3, bboxes no box and image 2 pictures.*individual_masks"):
+        from_boxes(parse_boxes([[], []], 2), TWO, strips(FACE, HAND, EYE))
+
+
+def test_points_and_words_give_a_mask_more_than_boxes_in_each_picture() -> None:
+    """Core SAM3 puts the mask of the points before those of the words."""
+    boxes = parse_boxes([[FACE], [HAND, EYE]], 2)
+    masks = strips(EYE, FACE, FACE, HAND, EYE)
+    detections, notices = from_boxes(boxes, TWO, masks)
+    assert [(item.image_index, item.box) for item in detections] == [
+        (0, EYE_AT),
+        (0, (10, 20, 51, 71)),
+        (1, (10, 20, 50, 70)),
+        (1, HAND_AT),
+        (1, EYE_AT),
+    ]
+    assert [item.score for item in detections] == [1.0, 0.93, 1.0, 0.71, 0.5]
+    assert "2 detections were made of masks alone" in notices[0]
+
+
+def test_a_mask_too_many_that_lies_elsewhere_is_not_guessed_at() -> None:
+    with pytest.raises(LunaInputError, match="masks holds 3, bboxes 2 boxes"):
+        from_boxes(parse_boxes([[FACE, HAND]], 1), ONE, strips(FACE, HAND, EYE).flip(0))
+
+
+def test_what_of_a_shared_mask_no_box_touches_is_named() -> None:
+    shared = strips(FACE, EYE).amax(dim=0, keepdim=True)
+    detections, notices = from_boxes(parse_boxes([[FACE]], 1), ONE, shared)
+    assert len(detections) == 1
+    assert "masks: 1 area(s) that no box touches were left out" in notices[0]
+    assert from_boxes(parse_boxes([[FACE, EYE]], 1), ONE, shared)[1] == ()
+
+
+def test_one_mask_is_spread_over_the_pictures() -> None:
+    detections, _ = from_boxes(parse_boxes([[FACE, HAND]], 3), Picture(200, 100, 3), torch.ones(1, 100, 200))
+    assert [item.image_index for item in detections] == [0, 0, 1, 1, 2, 2]
+    assert all(item.mask is not None for item in detections)
+
+
+def test_a_faint_mask_does_not_widen_its_box() -> None:
+    mask = strips(FACE).clamp(min=1 / 255)
+    (item,) = from_boxes(parse_boxes([[FACE]], 1), ONE, mask)[0]
+    assert item.box == (10, 20, 51, 71)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+LONG = "9" * 5_000
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (DEEP, "nested"),
+        ("[" * 900 + "]" * 900, "are needed"),
+        (f"[[1, 2, 3, {LONG}]]", "number"),
+        (f"[[1, 2, 3, 1{'0' * 400}]]", "number"),
+        (f'[["1", "2", "3", "{LONG}"]]', "number"),
+        ('{"boxes": null}', "boxes is None: a list"),
+        ('{"boxes": {}}', "boxes is"),
+        ('{"boxes": [[1, 2, 3, 4]], "scores": {}}', "scores is"),
+        ('{"boxes": [[1, 2, 3, 4]], "labels": "face"}', "labels is"),
+        ('[[1, 2, 3, 4, "high"]]', "'high'"),
+        ("[[true, 2, 3, 4]]", "number"),
+        ("[[Infinity, 2, 3, 4]]", "finite"),
+        ("[[1, 2, 3, 1e999]]", "finite"),
+        ("[[1, 2, 3, 1e300]]", "finite"),
+        ('[{"x": 1, "y": 2, "width": null, "height": 4}]', "box 0"),
+        ('[{"x": 1, "y": 2, "width": [3, 4], "height": 4}]', "box 0"),
+        ('[{"x": 1, "y": 2, "width": 3, "height": 4, "label": {"a": 1}}]', "label"),
+        ("null", "bboxes is"),
+        ("[null]", "None"),
+        ("[[null]]", "None"),
+        ("[[[[[[1, 2, 3, 4]]]]]]", "bboxes"),
+        ("1", "bboxes is a int"),
+        ('"face"', "bboxes is"),
+        ([[1, 2, 3, 10**400]], "number"),
+        ([[1, 2, 3, 4j]], "number"),
+        ([{1: 2}], "box 0"),
+        ([[1, 2, 3, object()]], "are needed"),
+        (torch.ones(4, dtype=torch.complex64), "number"),
+        (torch.ones(1, 500, 500, 3), "750000"),
+        (np.array([["a", "b", "c", "d"]]), "number"),
+        (np.array([None, {}], dtype=object), "bboxes"),
+        ({"boxes": torch.zeros(2, 4), "scores": torch.zeros(3)}, "2 boxes but 3 scores"),
+        ([[1, 2, 3, 4]] * (MOST_BOXES + 1), f"{MOST_BOXES + 1} boxes"),
+    ],
+)
+def test_only_declared_errors_come_out_and_they_are_short(given: Any, wanted: str) -> None:
+    with pytest.raises(LunaInputError, match=wanted) as caught:
+        found(given)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "scores", [DEEP, f"[{LONG}]", f"[1{'0' * 400}]", "[1e999]", "[null]", "{}", '[{"a": 1}]', "[true]", "[[0.5]]"]
+)
+def test_scores_that_are_none_raise_declared_errors(scores: str) -> None:
+    with pytest.raises(LunaInputError, match="scores_json") as caught:
+        with_scores(parse_boxes("[[1, 2, 3, 4]]", 1), scores)
+    assert len(str(caught.value)) < 600
+
+
+def test_labels_keep_to_one_line_and_one_spelling() -> None:
+    given = [{**FACE, "label": "le\u0301o\n\ud800  und\tich"}, {**HAND, "label": None}, {**EYE, "label": 7}]
+    assert [item.label for item in found(given, label="thing")] == ["l\u00e9o und ich", "thing", "7"]
+
+
+def test_thousands_of_boxes_on_hundreds_of_pictures_take_seconds() -> None:
+    per_picture = [[{**FACE, "score": 0.5} for _ in range(30)] for _ in range(300)]
+    start = time.process_time()
+    assert len(found(per_picture, Picture(200, 100, 300))) == 9000
+    assert time.process_time() - start < 3

@@ -1,13 +1,14 @@
 """Masks become detections that span exactly what was painted."""
 
 import math
+import time
 
 import pytest
 import torch
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.detections import LunaDetectionsFromMasks
-from luna_refinement.sam3_bridge.detections import rasterise
-from luna_refinement.sam3_bridge.from_masks import Picture, from_masks
+from luna_refinement.sam3_bridge.detections import MOST_DETECTIONS, rasterise
+from luna_refinement.sam3_bridge.from_masks import SOFT_EDGE, Picture, from_masks
 
 PICTURE = Picture(96, 64, 1)
 
@@ -108,3 +109,137 @@ def test_the_node_hands_on_what_the_core_finds() -> None:
     empty = LunaDetectionsFromMasks.execute(torch.zeros(1, 64, 64), torch.zeros(1, 64, 96, 3), "", True)
     assert len(empty.args[0]) == 0
     assert "empty" in empty.ui["text"][0]
+
+
+def with_background(value: float, width: int = 512, height: int = 256) -> torch.Tensor:
+    """Two painted squares on a mask that is nowhere empty."""
+    mask = painted((100, 60, 160, 120), (300, 100, 360, 160), width=width, height=height)
+    return torch.where(mask > 0, mask, torch.tensor(value))
+
+
+@pytest.mark.parametrize("background", [1 / 255, 8 / 255, 0.09])
+def test_a_faint_background_is_no_region(background: float) -> None:
+    (item,) = from_masks(with_background(background), Picture(512, 256, 1))[0]
+    assert item.box == (100, 60, 360, 160)
+    assert torch.equal(rasterise(item, (0, 0, 512, 256)), (with_background(0) > 0).float())
+
+
+def test_islands_are_told_apart_on_a_faint_background() -> None:
+    found, notices = from_masks(with_background(1 / 255), Picture(512, 256, 1), split_islands=True)
+    assert [item.box for item in found] == [(100, 60, 160, 120), (300, 100, 360, 160)]
+    assert "mask_threshold" in notices[0]
+
+
+def test_a_heat_map_is_cut_where_the_threshold_says() -> None:
+    x = torch.linspace(-1, 1, 512)[None, :]
+    y = torch.linspace(-0.5, 0.5, 256)[:, None]
+    heat = torch.exp(-(x**2 + y**2) / 0.02)  # above one half within 0.118 of the centre: 30 px
+    (item,) = from_masks(heat, Picture(512, 256, 1), mask_threshold=0.5)[0]
+    assert item.box == pytest.approx((256 - 30, 128 - 30, 256 + 30, 128 + 30), abs=2 + 512 / SOFT_EDGE)
+
+
+def test_a_noisy_background_is_no_region() -> None:
+    noise = torch.rand(256, 512, generator=torch.Generator().manual_seed(1)) * 0.04
+    (item,) = from_masks(
+        torch.maximum(painted((100, 60, 160, 120), width=512, height=256), noise), Picture(512, 256, 1)
+    )[0]
+    assert item.box == (100, 60, 160, 120)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_soft_edge_of_a_real_mask_is_kept_as_it_is(split: bool) -> None:
+    mask = torch.nn.functional.avg_pool2d(painted((40, 30, 120, 90), width=256, height=128)[None], 7, 1, 3)[0]
+    (item,) = from_masks(mask, Picture(256, 128, 1), split_islands=split)[0]
+    assert item.box == (37, 27, 123, 93)
+    assert torch.equal(rasterise(item, (0, 0, 256, 128)), mask)
+
+
+def test_the_threshold_does_not_make_soft_values_hard() -> None:
+    mask = painted((100, 60, 160, 120), width=512, height=256)
+    mask[60:120, 100:130] = torch.linspace(0, 1, 30)
+    (item,) = from_masks(mask, Picture(512, 256, 1), mask_threshold=0.5)[0]
+    drawn = rasterise(item, (0, 0, 512, 256))
+    assert torch.equal(drawn[drawn > 0], mask[drawn > 0])
+    assert ((drawn > 0.3) & (drawn < 0.5)).any()
+    assert item.box[0] == pytest.approx(115 - 512 / SOFT_EDGE, abs=1)
+
+
+def test_a_mask_that_is_mostly_below_the_threshold_is_named() -> None:
+    _, notices = from_masks(with_background(0.05), Picture(512, 256, 1))
+    assert "masks: most of number 0 is not above mask_threshold 0.1" in notices[0]
+    assert from_masks(painted((3, 3, 60, 5)), PICTURE)[1] == ()
+
+
+def test_a_mask_wholly_below_the_threshold_is_left_out_and_named() -> None:
+    found, notices = from_masks(torch.full((64, 96), 0.05), PICTURE)
+    assert len(found) == 0
+    assert "nothing of number 0 is above mask_threshold 0.1" in notices[0]
+    assert len(from_masks(torch.full((64, 96), 0.05), PICTURE, mask_threshold=0.0)[0]) == 1
+
+
+def test_one_mask_is_spread_over_a_batch() -> None:
+    found, notices = from_masks(painted((10, 20, 30, 50)), Picture(96, 64, 3), split_islands=True)
+    assert [(item.image_index, item.box) for item in found] == [(k, (10, 20, 30, 50)) for k in range(3)]
+    assert notices == ()
+
+
+def test_no_mask_at_all_is_nothing() -> None:
+    """What a detector gives that found nothing, with one mask per thing."""
+    found, notices = from_masks(torch.zeros(0, 64, 96), Picture(96, 64, 2))
+    assert len(found) == 0
+    assert "holds none" in notices[0]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        painted((10, 20, 30, 50)).bool(),
+        (painted((10, 20, 30, 50)) * 255).to(torch.uint8),
+        painted((10, 20, 30, 50)).to(torch.uint8),
+        painted((10, 20, 30, 50)).to(torch.float64).requires_grad_(),
+        painted((10, 20, 30, 50)).to(torch.bfloat16),
+    ],
+)
+def test_masks_of_every_kind_of_number_are_read(mask: torch.Tensor) -> None:
+    (item,) = from_masks(mask, PICTURE, split_islands=True)[0]
+    assert item.mask is not None
+    assert item.mask.dtype == torch.float32
+    assert not item.mask.requires_grad
+    assert bool((item.mask == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("mask", "wanted"),
+    [
+        (torch.ones(64, 96, dtype=torch.complex64), "complex64"),
+        (torch.ones(64, 96).to(torch.float8_e4m3fn), "float8"),
+        (torch.full((64, 96), 300, dtype=torch.int32), "values from 300 to 300"),
+        (torch.full((64, 96), -1, dtype=torch.int32), "values from -1"),
+        (torch.full((64, 96), math.inf), "mask 0 holds values"),
+        (torch.ones(64, 96).to_sparse(), "sparse"),
+        (None, "masks is None"),
+        ([[1.0]], "masks is"),
+    ],
+)
+def test_what_is_no_mask_is_named(mask: torch.Tensor, wanted: str) -> None:
+    with pytest.raises(LunaInputError, match=wanted):
+        from_masks(mask, PICTURE)
+
+
+def test_thousands_of_islands_take_seconds_and_the_largest_are_kept() -> None:
+    mask = torch.zeros(2048, 2048)
+    mask[::16, ::16] = 1  # 16384 specks
+    mask[8:14, 8:14] = 1
+    start = time.process_time()
+    found, notices = from_masks(mask, Picture(2048, 2048, 1), split_islands=True)
+    assert time.process_time() - start < 5
+    assert len(found) == MOST_DETECTIONS
+    assert max(item.area for item in found) == 36
+    assert f"16385 islands, the {MOST_DETECTIONS} largest were kept" in notices[0]
+
+
+def test_islands_around_each_other_are_refused_before_they_fill_the_memory() -> None:
+    inward = torch.minimum(torch.arange(4096), torch.arange(4096).flip(0))
+    mask = (torch.minimum(inward[:, None], inward[None, :]) % 8 < 4).float()
+    with pytest.raises(LunaInputError, match=r"256 islands lie around each other.*5.4 GiB"):
+        from_masks(mask, Picture(4096, 4096, 1), split_islands=True)

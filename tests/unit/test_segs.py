@@ -11,9 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.errors import LunaInputError
+from luna_refinement.nodes.checks import fitted
+from luna_refinement.nodes.detection_tools import PER_PICTURE, LunaDetectionsFilter, LunaDetectionsToMask
 from luna_refinement.nodes.segs import LunaDetectionsFromSEGS, LunaDetectionsToSEGS
 from luna_refinement.sam3_bridge.detections import Detection, Detections, rasterise
 from luna_refinement.sam3_bridge.segs import crop_region, from_segs, to_segs
+from luna_refinement.sam3_bridge.select import combine
 
 ForeignSEG = namedtuple(
     "ForeignSEG",
@@ -147,7 +150,6 @@ def test_no_segment_is_no_detection_and_a_notice() -> None:
         ((SIZE, [object()]), "segment 0 is a object without"),
         ((SIZE, [seg(), seg(bbox=[1, 2, 3])]), "segment 1: bbox"),
         ((SIZE, [seg(bbox=[80, 30, 40, 60])]), "segment 0: bbox.*reversed"),
-        ((SIZE, [seg(bbox=[280, 30, 340, 60])]), "outside the 200x100 px"),
         ((SIZE, [seg(confidence=math.nan)]), "segment 0: confidence: score nan"),
         ((SIZE, [seg(confidence=None)]), "confidence"),
         ((SIZE, [seg(confidence="high")]), "confidence"),
@@ -176,3 +178,137 @@ def test_the_nodes_go_both_ways() -> None:
     assert output.args[0][1][0] is given[1][0]
     assert output.ui is None
     assert "empty SEGS" in LunaDetectionsToSEGS.execute(Detections((), 10, 10), 0, 3.0).ui["text"][0]
+
+
+@pytest.mark.parametrize("header", [(0, 0), [0, 0], (0, 0, 3), np.array([0, 0])])
+def test_the_empty_segs_of_the_impact_pack_are_nothing_on_any_picture(header: Any) -> None:
+    found, notices = from_segs((header, []))
+    assert len(found) == 0
+    assert "no segment" in notices[0]
+    assert fitted(found, torch.zeros(2, 30, 70, 3)).image_count == 2
+    assert (fitted(found, torch.zeros(1, 30, 70, 3)).width, len(fitted(found, torch.zeros(1, 30, 70, 3)))) == (70, 0)
+    assert to_segs(found) == ((0, 0), [])
+    mask = LunaDetectionsToMask.execute(found, PER_PICTURE).args[0]
+    assert mask.shape == (1, 64, 64)
+    assert not mask.any()
+    known = from_segs((SIZE, [seg()]))[0]
+    for parts in ({1: found, 2: known}, {1: known, 2: found}):
+        assert (combine(parts).width, len(combine(parts))) == (200, 1)
+    assert len(LunaDetectionsFilter.execute(found, "", 0.0, 0.0, 1.0, "all", 0, "as found", 0.5).args[0]) == 0
+
+
+def test_a_segment_outside_the_picture_is_left_out_and_named() -> None:
+    found, notices = from_segs((SIZE, [seg(), seg(bbox=[280, 30, 340, 60])]))
+    assert len(found) == 1
+    assert "1 of 2 segments lie outside the 200x100 px picture and were left out, first number 1" in notices[0]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.ones((70, 80), dtype=np.float32)[::-1, ::-1],
+        np.ones((70, 80), dtype=">f4"),
+        np.ones((70, 80), dtype=np.float16),
+        np.ones((70, 80), dtype=np.longdouble),
+        np.ones((70, 80), dtype=np.int64),
+        np.full((70, 80), 255, dtype=">u2"),
+        np.ones((140, 160), dtype=np.float32)[::2, ::2],
+        [[1.0] * 80] * 70,
+        torch.ones(70, 80).requires_grad_(),
+        torch.ones(80, 70).T,
+        np.ones((70, 80, 1), dtype=np.float32),
+    ],
+)
+def test_masks_of_every_layout_are_read(mask: Any) -> None:
+    (item,) = from_segs((SIZE, [seg(cropped_mask=mask)]))[0]
+    assert item.mask is not None
+    assert bool((item.mask == 1).all())
+    assert not item.mask.requires_grad
+
+
+def test_a_faint_mask_does_not_make_its_crop_the_region() -> None:
+    mask = np.full((70, 80), 1 / 255, dtype=np.float32)
+    mask[25:45, 25:55] = 1
+    (item,) = from_segs((SIZE, [seg(cropped_mask=mask)]))[0]
+    assert item.box == (40, 30, 80, 60)
+
+
+def test_numbers_as_text_tensors_or_lists_are_numbers() -> None:
+    given = seg(bbox=("40", 30, torch.tensor(80.0), np.float32(60)), confidence=[0.25])
+    (item,) = from_segs((SIZE, [given]))[0]
+    assert (item.box, item.score) == ((40, 30, 80, 60), 0.25)
+
+
+class Claims:
+    """A segment list that says it is longer than it is willing to be."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield seg()
+
+
+BIG = 10**400
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ((math.inf, 200), []),
+        ((math.nan, 200), []),
+        ((BIG, 200), []),
+        ((10**30, 10**30), []),
+        ((200_000, 200_000), []),
+        ((0, 200), []),
+        ((-5, -5), []),
+        ((0, 0), [seg()]),
+        ((1.5, 200), []),
+        (("h", "w"), []),
+        ((SIZE,), []),
+        (SIZE, "face"),
+        (SIZE, {"a": 1}),
+        (SIZE, torch.zeros(5)),
+        (SIZE, Claims()),
+        (SIZE, 5),
+        5,
+        "segs",
+        (SIZE, [seg(bbox="1234")]),
+        (SIZE, [seg(bbox=[1, 2, BIG, 4])]),
+        (SIZE, [seg(bbox=[1, 2, math.inf, 4])]),
+        (SIZE, [seg(bbox=None)]),
+        (SIZE, [seg(bbox=[[1, 2], [3, 4]])]),
+        (SIZE, [seg(bbox=np.array([None] * 4))]),
+        (SIZE, [seg(confidence=BIG)]),
+        (SIZE, [seg(confidence={})]),
+        (SIZE, [seg(confidence=[0.5, 0.5])]),
+        (SIZE, [seg(confidence=torch.tensor([0.5, 0.5]))]),
+        (SIZE, [seg(crop_region=[20, 10, math.inf, 80])]),
+        (SIZE, [seg(crop_region=[20, 10, BIG, 80])]),
+        (SIZE, [seg(crop_region=None)]),
+        (SIZE, [seg(crop_region=[20.4, 10.4, 20.45, 10.45])]),
+        (SIZE, [seg(cropped_mask=[[1.0], [1.0, 2.0]])]),
+        (SIZE, [seg(cropped_mask="mask")]),
+        (SIZE, [seg(cropped_mask=np.array("mask"))]),
+        (SIZE, [seg(cropped_mask=np.full((70, 80), None))]),
+        (SIZE, [seg(cropped_mask=np.full((70, 80), "1"))]),
+        (SIZE, [seg(cropped_mask=np.full((70, 80), 1 + 1j))]),
+        (SIZE, [seg(cropped_mask=np.zeros((70, 80), dtype="datetime64[s]"))]),
+        (SIZE, [seg(cropped_mask=np.full((70, 80), np.inf))]),
+        (SIZE, [seg(cropped_mask=np.full((70, 80), 1e300))]),
+        (SIZE, [seg(cropped_mask=torch.ones(70, 80).to_sparse())]),
+        (SIZE, [seg(cropped_mask=torch.ones(70, 80, dtype=torch.complex64))]),
+        (SIZE, [seg(cropped_mask=5)]),
+        (SIZE, [seg(cropped_mask={})]),
+        (SIZE, [seg(label=np.array(["a", "b"]))]),
+        (SIZE, [seg(label={})]),
+    ],
+)
+def test_only_declared_errors_come_out_and_they_are_short(given: Any) -> None:
+    with pytest.raises(LunaInputError, match="segs") as caught:
+        from_segs(given)
+    assert len(str(caught.value)) < 600
+
+
+def test_segs_of_thousands_are_refused_where_their_crops_would_fill_the_memory() -> None:
+    found = Detections(tuple(Detection(0, (k, 0, k + 9, 9)) for k in range(3000)), 4096, 4096)
+    with pytest.raises(LunaInputError, match=r"crop_factor is 1000.*187.5 GiB"):
+        to_segs(found, crop_factor=1000)

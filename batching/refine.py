@@ -131,6 +131,11 @@ def refine(
             if keep_crops:
                 after[region.row] = picture
             del picture  # or its whole batch would be held while the next is decoded
+    if keep_crops:
+        for region in plan.regions:
+            if region.row not in after:  # in no pass: it stays as it is
+                crop = cut(original[region.image_index].float(), region.crop, *region.working_size)
+                before[region.row] = after[region.row] = crop
     return Refined(
         canvas,
         mask,

@@ -7,10 +7,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_engine import ComfyEngine
-from ..batching.comfy_sampling import SamplingSettings
+from ..batching.comfy_sampling import SamplingSettings, least_share
 from ..batching.drawing import draw_plan
 from ..batching.grid import TileSettings, plan_tiles
 from ..batching.refine import PasteSettings, refine
+from ..batching.resting import without_px
 from ..batching.upscale import scale_image
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import same_aspect
@@ -159,6 +160,9 @@ class LunaChessRefiner(io.ComfyNode):
         anchor, warnings = choose_anchor(
             recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )
+        share = _denoise_share(refined_mask, refined_strength, image)
+        if share is not None:
+            plan = without_px(plan, share, least_share(recipe), vae.spacial_compression_encode())
         engine = ComfyEngine(
             recipe,
             vae,
@@ -166,9 +170,10 @@ class LunaChessRefiner(io.ComfyNode):
             anchor,
             plan,
             noise_scaffold=check_scaffold(noise_scaffold, vae, image),
-            denoise_share=_denoise_share(refined_mask, refined_strength, image),
+            denoise_share=share,
         )
         refined = refine(image, plan, engine, PasteSettings(color_match=color_match), keep_mask=False)
+        warnings += engine.notices
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -95,6 +96,11 @@ def custom_sampling_inputs() -> list[Any]:
     ]
 
 
+def _falls(sigmas: Tensor) -> bool:
+    """Whether noise levels are numbers that never rise, and not all the same."""
+    return bool(torch.isfinite(sigmas).all() and (sigmas.diff() <= 0).all() and sigmas[0] > sigmas[-1])
+
+
 def choose_recipe(
     model: Any,
     positive: list[Any],
@@ -115,7 +121,7 @@ def choose_recipe(
     if sampler is not None:
         recipe = replace(recipe, sampler=sampler)
     if sigmas is not None:
-        if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() <= 0).all()):
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not _falls(sigmas):
             raise LunaInputError(
                 f"sigmas has shape {list(sigmas.shape)}: at least two noise levels, from high to low, are needed"
             )

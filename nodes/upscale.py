@@ -12,7 +12,10 @@ from ..batching.scaffold import pyramid_noise
 from ..batching.upscale import UPSCALE_METHODS, fitted_size, scale_image
 from ..errors import LunaInputError
 from .checks import check_image
-from .schema import luna_schema
+from .schema import luna_schema, notice
+
+MOST_STRETCHED = 1.05
+"""How far rounding to multiple_of may change a picture's aspect without a word."""
 
 
 class LunaPrepUpscale(io.ComfyNode):
@@ -60,10 +63,18 @@ class LunaPrepUpscale(io.ComfyNode):
         cls, image: Tensor, target_size: int, method: Any, multiple_of: int, upscale_model: Any = None
     ) -> io.NodeOutput:
         check_image(image)
-        width, height = fitted_size(image.shape[2], image.shape[1], target_size, multiple_of)
+        given_width, given_height = image.shape[2], image.shape[1]
+        width, height = fitted_size(given_width, given_height, target_size, multiple_of)
         if upscale_model is not None and max(image.shape[1:3]) < max(width, height):
             image = _with_model(upscale_model, image)
-        return io.NodeOutput(scale_image(image, height, width, method))
+        stretched = width * given_height / (height * given_width)
+        warning = None
+        if not 1 / MOST_STRETCHED <= stretched <= MOST_STRETCHED:
+            warning = notice(
+                f"{given_width}x{given_height} px became {width}x{height} px, stretched by "
+                f"{max(stretched, 1 / stretched):.2f}: choose a smaller multiple_of or a larger target_size"
+            )
+        return io.NodeOutput(scale_image(image, height, width, method), ui=warning)
 
 
 def _with_model(upscale_model: Any, image: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ from .refiner_inputs import (
 )
 from .schema import luna_schema, notice
 
+_ROUNDING = 0.5 / 255
+"""What is left of a mask of 1 after scaling, and less than masks of 8 bits can mean."""
+
 
 def tile_inputs() -> list[Any]:
     """tile_size, min_overlap and feather of the grid."""
@@ -198,7 +201,8 @@ def _denoise_share(mask: Tensor | None, strength: float, image: Tensor) -> Tenso
             "their aspect differs, use the mask of this very picture"
         )
     mask = scale_image(mask[..., None].float(), height, width, "bicubic")[..., 0]
-    return 1 - (1 - strength) * mask.clamp(0, 1)
+    share = 1 - (1 - strength) * mask.clamp(0, 1)
+    return torch.where(share < _ROUNDING, 0, share)
 
 
 NODES = (LunaChessRefiner,)

@@ -87,6 +87,18 @@ def test_refined_places_get_less_denoise(sd15: Studio) -> None:
         sd15.chess(image, refined_mask=torch.zeros(1, 50, 128))
 
 
+def test_each_picture_has_its_own_refined_places(sd15: Studio) -> None:
+    """Soft shares, which are sampled in part: the mask of one picture must not hold the other."""
+    images = photograph(1, height=72, width=72).repeat(2, 1, 1, 1)
+    masks = torch.stack([torch.zeros(72, 72), torch.ones(72, 72)])
+    settings = {"steps": 6, "denoise": 0.6, "tile_size": 72, "refined_strength": 0.4, "ip_adapter": None}
+    both = sd15.chess(images, refined_mask=masks, **settings)[0]
+    for index in (0, 1):
+        alone = sd15.chess(images[:1], refined_mask=masks[index : index + 1], **settings)[0]
+        assert float((both[index] - alone[0]).abs().max()) <= 1e-4
+    assert float((both[0] - both[1]).abs().max()) > 0.01
+
+
 def test_batches_share_the_passes(sd15: Studio) -> None:
     images = photograph(2, height=120, width=120)
     model, calls = counting(sd15.model)

@@ -73,6 +73,8 @@ def test_references_of_other_pictures_stay_whole_and_go_to_their_rows() -> None:
         (1000, 600, (37, 62), True),  # half, rounded down
         (1000, 600, (150, 250), True),
         (1920, 1080, (96, 170), True),  # 768 px high, 1360 wide: a multiple of 16
+        (1024, 590, (72, 128), True),  # rounded down to 1024x576, multiples of 16
+        (1024, 590, (71, 128), False),
         (1000, 600, (125, 75), False),
         (1000, 600, (64, 64), False),
         (512, 512, (64, 80), False),

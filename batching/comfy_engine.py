@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import comfy.model_base
 import comfy.sd
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..ip_adapter.comfy_encode import encode_rows
 from ..ip_adapter.comfy_patch import IPAdapter, patch_model
 from .comfy_progress import SamplingProgress
 from .comfy_sampling import Recipe, prepared_noise, rows_that_fit, sample_rows, with_denoise
-from .concepts import Concept, Lora, concept_for
+from .concepts import Concept, Lora, concept_for, denoise_of
 from .conditioning import Conditioning, Row, RowConditioning
 from .crops import cut, resample
 from .noise import row_generator, row_noise
@@ -100,11 +101,20 @@ class ComfyEngine:
         self._cell = vae.spacial_compression_encode()
         self._shared = recipe.conditioning
         self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, self._cell)
-        self._inpaints = "masked_image" in getattr(recipe.model.model, "concat_keys", ())
+        at_work = [plan.regions[row] for rows in plan.passes for row in rows]
+        for region in at_work:
+            self._conditioning.check(self._prompts(region))
+        self._recipes = {denoise: self._recipe_for(denoise) for denoise in map(self._denoise, at_work)}
+        self._inpaints = _takes_masked_picture(recipe.model)
         self._masked: dict[int, tuple[Tensor, Tensor]] = {}
         self._row_factors = _row_factors(plan, anchor.layer_weights) if anchor and anchor.layer_weights else {}
-        self._progress = SamplingProgress(recipe.model, len(plan.regions), recipe.steps)
+        self._progress = SamplingProgress(recipe.model, len(at_work), recipe.steps)
         self._limit = MemoryLimit("rows")
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know of how conditioning was given to rows; complete after the last call."""
+        return self._conditioning.notices
 
     def anchor(self, crops: Tensor, regions: Sequence[Region]) -> RowEmbeds | None:
         if self.anchor_settings is None:
@@ -136,16 +146,14 @@ class ComfyEngine:
         by_settings: dict[tuple[float | None, int], list[int]] = {}
         for place, region in enumerate(rows.regions):
             concept = self._concept(region)
-            denoise = None if concept is None else concept.denoise
             lora = None if concept is None else concept.lora
-            by_settings.setdefault((denoise, id(lora) if lora else 0), []).append(place)
+            by_settings.setdefault((self._denoise(region), id(lora) if lora else 0), []).append(place)
         calls: list[_Call] = []
         for (denoise, _), places in by_settings.items():
             concept = self._concept(rows.regions[places[0]])
-            recipe = self.recipe if denoise is None else with_denoise(self.recipe, denoise)
             lora = None if concept is None else concept.lora
             groups = self._conditioning.groups(self._rows(rows, places), _size(rows))
-            calls.extend(_Call([places[k] for k in group], recipe, lora) for group in groups)
+            calls.extend(_Call([places[k] for k in group], self._recipes[denoise], lora) for group in groups)
         return calls
 
     def _sample_call(self, rows: EncodedRows, call: _Call) -> list[Tensor]:
@@ -203,6 +211,13 @@ class ComfyEngine:
             layer_weights=settings.layer_weights,
         )
 
+    def _denoise(self, region: Region) -> float | None:
+        """The row's own denoise, or None for the recipe's."""
+        return denoise_of(region.label, self.concepts, None)
+
+    def _recipe_for(self, denoise: float | None) -> Recipe:
+        return self.recipe if denoise is None else with_denoise(self.recipe, denoise)
+
     def _concept(self, region: Region) -> Concept | None:
         return concept_for(region.label, self.concepts)
 
@@ -244,7 +259,8 @@ class ComfyEngine:
         images, masks = (torch.stack([self._masked[region.row][k] for region in regions]) for k in range(2))
         for conds in conditioning.values():
             for _, fields in conds:
-                fields["concat_latent_image"], fields["concat_mask"] = images, masks
+                if self._inpaints == "always" or "concat_latent_image" not in fields:
+                    fields |= {"concat_latent_image": images, "concat_mask": masks}
 
     def _region_mask(self, region: Region, height: int, width: int) -> Tensor:
         """[height,width] in 0..1: where the row may change."""
@@ -290,6 +306,16 @@ class ComfyEngine:
 def _size(rows: EncodedRows) -> tuple[int, int]:
     """(height, width) of the latents."""
     return rows.latents.shape[-2], rows.latents.shape[-1]
+
+
+def _takes_masked_picture(model: Any) -> Literal["always", "unless given", None]:
+    """Whether the model reads each crop with its mask greyed out; Flux Fill prefers what its conditioning carries."""
+    if "masked_image" in getattr(model.model, "concat_keys", ()):
+        return "always"
+    if not isinstance(model.model, comfy.model_base.Flux):
+        return None
+    channels = model.model.model_config.unet_config
+    return "unless given" if channels["in_channels"] > 2 * channels["out_channels"] else None
 
 
 def _row_factors(plan: RefinePlan, layer_weights: LayerWeights) -> dict[int, float]:

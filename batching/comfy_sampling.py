@@ -58,7 +58,7 @@ class Recipe:
         sampler: ComfyUI sampler object.
         sigmas: [steps + 1].
         seed: the run's seed.
-        settings: the KSampler settings it was made from, or None for a custom sampling graph.
+        settings: the KSampler settings the sigmas were made from, or None for sigmas of a custom sampling graph.
     """
 
     guider: Any
@@ -74,7 +74,8 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        return max(0, len(self.sigmas) - 1)
+        """Steps of a sampling call."""
+        return self.settings.steps if self.settings else len(self.sigmas) - 1
 
     @property
     def conditioning(self) -> Conditioning:
@@ -98,20 +99,45 @@ def _as_given(cond: dict[str, Any]) -> list[Any]:
 
 
 def ksampler_recipe(model: Any, positive: list[Any], negative: list[Any], settings: SamplingSettings) -> Recipe:
-    """What a KSampler with these settings does; no sigmas at denoise 0."""
-    sampler = comfy.samplers.KSampler(
-        model,
-        steps=settings.steps,
-        device=model.load_device,
-        sampler=settings.sampler_name,
-        scheduler=settings.scheduler,
-        denoise=settings.denoise,
-        model_options=model.model_options,
-    )
+    """What a KSampler with these settings does; no sigmas at denoise 0.
+
+    Raises:
+        LunaInputError: the scheduler has no noise levels for this number of steps.
+    """
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(settings.cfg)
-    return Recipe(guider, comfy.samplers.sampler_object(settings.sampler_name), sampler.sigmas, settings.seed, settings)
+    sampler = comfy.samplers.sampler_object(settings.sampler_name)
+    return Recipe(guider, sampler, _sigmas(model, settings), settings.seed, settings)
+
+
+def _sigmas(model: Any, settings: SamplingSettings) -> Tensor:
+    """[steps + 1] noise levels of a KSampler with these settings; none at denoise 0."""
+    try:
+        sigmas = comfy.samplers.KSampler(
+            model,
+            steps=settings.steps,
+            device=model.load_device,
+            sampler=settings.sampler_name,
+            scheduler=settings.scheduler,
+            denoise=settings.denoise,
+            model_options=model.model_options,
+        ).sigmas
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
+        # a scheduler's own arithmetic: its reason is passed on
+        raise _no_levels(settings, str(error)) from error
+    if not bool(torch.isfinite(sigmas).all()):
+        raise _no_levels(settings, "some are not numbers")
+    if settings.denoise > 0 and len(sigmas) < 2:
+        raise _no_levels(settings, f"it gives {len(sigmas)}")
+    return sigmas
+
+
+def _no_levels(settings: SamplingSettings, reason: str) -> LunaInputError:
+    return LunaInputError(
+        f"scheduler '{settings.scheduler}' has no noise levels for {settings.steps} steps at denoise "
+        f"{settings.denoise:g} ({reason}): use more steps, or another scheduler"
+    )
 
 
 def with_denoise(recipe: Recipe, denoise: float) -> Recipe:
@@ -125,7 +151,20 @@ def with_denoise(recipe: Recipe, denoise: float) -> Recipe:
             "denoise of a concept cannot act together with sigmas of your own: leave it at -1, or disconnect sigmas"
         )
     settings = replace(recipe.settings, denoise=denoise)
-    return replace(ksampler_recipe(recipe.model, [], [], settings), guider=recipe.guider)
+    return replace(recipe, sigmas=_sigmas(recipe.model, settings), settings=settings)
+
+
+def least_share(recipe: Recipe) -> float:
+    """The smallest share of the denoise that is sampled at all: less joins after the last step has begun."""
+    sampling = recipe.model.get_model_object("model_sampling")
+    return float(_schedule_left(sampling, recipe.sigmas, recipe.sigmas[-2]))
+
+
+def _schedule_left(sampling: Any, sigmas: Tensor, sigma: Tensor) -> Tensor:
+    """Which share of a schedule is left at a noise level, measured in timesteps."""
+    last = torch.maximum(sigmas[-1], torch.as_tensor(sampling.sigma_min).to(sigmas))
+    first, last, now = (sampling.timestep(value) for value in (sigmas[0], last, sigma))
+    return ((now - last) / (first - last).clamp(min=1e-6)).clamp(max=1) - 1e-6
 
 
 def row_sampler(sampler: Any, seeds: Sequence[int]) -> Any:
@@ -176,11 +215,8 @@ def differential_mask(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[s
         extra_options: as ComfyUI passes them: the model and the sigmas of this run.
     """
     sampling = extra_options["model"].inner_model.model_sampling
-    sigmas = extra_options["sigmas"]
-    last = torch.maximum(sigmas[-1], torch.as_tensor(sampling.sigma_min).to(sigmas))
-    first, last, now = (sampling.timestep(value) for value in (sigmas[0], last, sigma[0]))
-    left = (now - last) / (first - last).clamp(min=1e-6)
-    return ((denoise_mask > 0) & (denoise_mask >= left.clamp(max=1) - 1e-6)).to(denoise_mask.dtype)
+    left = _schedule_left(sampling, extra_options["sigmas"], sigma[0])
+    return ((denoise_mask > 0) & (denoise_mask >= left)).to(denoise_mask.dtype)
 
 
 def sample_rows(

@@ -55,6 +55,12 @@ class Concept:
         return fits(label, self.patterns)
 
 
+def denoise_of(label: str, concepts: Sequence[Concept], denoise: float | None) -> float | None:
+    """The denoise of a detection: that of its concept, or else the refiner's ``denoise``."""
+    concept = concept_for(label, concepts)
+    return denoise if concept is None or concept.denoise is None else concept.denoise
+
+
 def concept_for(label: str, concepts: Sequence[Concept]) -> Concept | None:
     """The first concept that matches a detection's label."""
     return next((concept for concept in concepts if concept.matches(label)), None)

@@ -133,8 +133,20 @@ def refine(
             if after is not None:
                 fit_into(after[region.row], picture)
             del picture  # or its whole batch would be held while the next is decoded
+    if before is not None and after is not None:
+        _show_resting(plan, original, (before, after))
     results = (None if result is None else result.to(image.device) for result in (mask, before, after))
     return Refined(canvas.to(image.device), *results)
+
+
+def _show_resting(plan: RefinePlan, original: Tensor, batches: Sequence[Tensor]) -> None:
+    """Rows in no pass stay as they are: their crops of the input picture go into every batch."""
+    at_work = {row for rows in plan.passes for row in rows}
+    for region in plan.regions:
+        if region.row not in at_work:
+            crop = cut(original[region.image_index].float(), region.crop, *region.working_size)
+            for crops in batches:
+                fit_into(crops[region.row], crop)
 
 
 def crop_batch(plan: RefinePlan) -> Tensor:

@@ -1,5 +1,6 @@
-"""Whole-picture guidance cut to a row's crop: areas, masks, ControlNet hints, GLIGEN boxes and reference latents."""
+"""Whole-picture guidance cut to a row's crop: areas, masks, hints, boxes, latents and attention masks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..errors import LunaInputError
 from .crops import cut
 from .plan import Region
+from .planes import cut_planes
 
 AREA_PX = 8
 """px of the picture per unit of an area or GLIGEN box: ComfyUI's nodes divide px by it."""
@@ -23,13 +25,24 @@ class PictureGuidance:
 
     Args:
         width, height, image_count: of the picture batch.
+        cell: px of a crop per latent px.
     """
 
-    def __init__(self, width: int, height: int, image_count: int) -> None:
+    def __init__(self, width: int, height: int, image_count: int, cell: int) -> None:
         self.width = width
         self.height = height
         self.image_count = image_count
+        self.cell = cell
         self._scaled: dict[int, tuple[Tensor, Tensor]] = {}
+        self._even: dict[int, tuple[Tensor, bool]] = {}
+
+    def check_batch(self, given: Tensor, name: str) -> None:
+        """Raises LunaInputError where planes [H,W] or [k,...,H,W] are neither for all pictures nor one for each."""
+        if given.ndim > 2 and given.shape[0] not in (1, self.image_count):
+            raise LunaInputError(
+                f"{name} holds {given.shape[0]} pictures, image holds {self.image_count}: "
+                "give one for all, or one for each"
+            )
 
     def weight(self, fields: dict[str, Any], region: Region, size: tuple[int, int]) -> Tensor | None:
         """How far a conditioning with an area or a mask acts over a row's latent.
@@ -74,27 +87,83 @@ class PictureGuidance:
                 kept.append((text, bottom - top, right - left, top, left))
         return (*gligen[:2], kept, *gligen[3:])
 
-    def reference(self, latent: Tensor, regions: Sequence[Region], size: tuple[int, int], cell: int) -> Tensor:
-        """Reference latents [1 or B,c,H,W] of this very picture as one crop per row; those of other pictures as given.
+    def is_this_picture(self, latent: Tensor) -> bool:
+        """Whether a latent [...,h,w] has the picture's aspect, so that it can be the picture at some scale.
+
+        Its sides count as rounded to whole latent px, or to two where both are even (nodes round px to 16).
+        """
+        height, width = latent.shape[-2:]
+        slack = math.gcd(height, width, 2)
+        across, down = self.width / self.cell, self.height / self.cell
+        smallest = max((width - slack) / across, (height - slack) / down)
+        return smallest < min((width + slack) / across, (height + slack) / down)
+
+    def reference(self, latents: Sequence[Tensor], regions: Sequence[Region], size: tuple[int, int]) -> Tensor:
+        """A reference latent for each row: a crop where it is of this very picture, the whole latent where it is not.
 
         Args:
-            latent: in latent px.
+            latents: the row's latents, each [1 or B,c,...,h,w], of any scale.
             regions: the rows.
             size: (height, width) of the rows' latents.
-            cell: px of the picture per latent px.
         """
-        grid = (-(-self.height // cell), -(-self.width // cell))
-        if latent.ndim != 4 or tuple(latent.shape[-2:]) not in (grid, (self.height // cell, self.width // cell)):
-            return latent
+        if self.is_this_picture(latents[0]):
+            return self.planes(latents, regions, size)
+        if latents[0].shape[0] == 1 and all(latent is latents[0] for latent in latents):
+            return latents[0]
+        return torch.stack([latent[self._image_of(latent, r)] for latent, r in zip(latents, regions, strict=True)])
+
+    def planes(self, given: Sequence[Tensor], regions: Sequence[Region], size: tuple[int, int]) -> Tensor:
+        """Latents, pictures or masks of the whole picture [1 or B,...,h,w] or [h,w] as one crop per row [N,...,*size].
+
+        They may have any scale; where their aspect is another, ComfyUI takes their middle, and so does this.
+        """
         crops = []
-        for region in regions:
-            box = region.crop
-            rows, columns = latent.shape[-2:]
-            y1, x1 = max(0, round(box.y1 / cell)), max(0, round(box.x1 / cell))
-            y2, x2 = min(rows, max(y1 + 1, round(box.y2 / cell))), min(columns, max(x1 + 1, round(box.x2 / cell)))
-            part = latent[self._image_of(latent, region), :, y1:y2, x1:x2]
-            crops.append(F.interpolate(part[None].float(), size=size, mode="bicubic", antialias=True)[0].to(latent))
-        return torch.stack(crops)
+        for planes, region in zip(given, regions, strict=True):
+            own = planes[self._image_of(planes, region)] if planes.ndim > 2 else planes
+            own = own if self.is_this_picture(own) else self._middle(own)
+            crops.append(cut_planes(own, self._box_on(own, region), size))
+        stacked = torch.stack(crops)
+        return stacked[:, None] if stacked.ndim == 3 else stacked
+
+    def is_even(self, mask: Tensor, grid: tuple[int, int]) -> bool:
+        """Whether an attention mask [...,L,L] whose last tokens are a picture's ``grid`` treats all of these alike."""
+        known = self._even.get(id(mask))
+        if known is None:
+            first = mask.shape[-1] - grid[0] * grid[1]
+            rows, columns = mask[..., first:, :], mask[..., first:]
+            known = mask, bool((rows == rows[..., :1, :]).all() and (columns == columns[..., :1]).all())
+            self._even[id(mask)] = known
+        return known[1]
+
+    def attention(self, masks: Sequence[Tensor], grid: tuple[int, int], regions: Sequence[Region]) -> Tensor:
+        """Attention masks [1 or B,L,L] over text and the picture's ``grid`` of tokens, cut for each row to [N,L,L]."""
+
+        def cut_last(mask: Tensor, region: Region) -> Tensor:
+            first = mask.shape[-1] - grid[0] * grid[1]
+            planes = mask[..., first:].unflatten(-1, grid)
+            return torch.cat(
+                [mask[..., :first], cut_planes(planes, self._box_on(planes, region), grid).flatten(-2)], -1
+            )
+
+        rows = []
+        for mask, region in zip(masks, regions, strict=True):
+            own = cut_last(mask[self._image_of(mask, region)], region)
+            rows.append(cut_last(own.T, region).T)
+        return torch.stack(rows)
+
+    def _box_on(self, planes: Tensor, region: Region) -> tuple[float, float, float, float]:
+        """Top, left, bottom, right of a row's crop on planes [...,h,w] of the whole picture."""
+        down, across = planes.shape[-2] / self.height, planes.shape[-1] / self.width
+        crop = region.crop
+        return crop.y1 * down, crop.x1 * across, crop.y2 * down, crop.x2 * across
+
+    def _middle(self, planes: Tensor) -> Tensor:
+        """The middle of planes [...,h,w] that has the picture's aspect, as ComfyUI crops a picture of another."""
+        height, width = planes.shape[-2:]
+        scale = min(width / self.width, height / self.height)
+        y = min(round((height - self.height * scale) / 2), (height - 1) // 2)
+        x = min(round((width - self.width * scale) / 2), (width - 1) // 2)
+        return planes[..., y : height - y, x : width - x]
 
     def _area_weight(self, area: Sequence[Any], region: Region, size: tuple[int, int]) -> Tensor | None:
         if area[0] == "percentage":
@@ -109,21 +178,22 @@ class PictureGuidance:
         return None if bool((weight == 1).all()) else weight
 
     def _hints(self, hint: Tensor, regions: Sequence[Region]) -> Tensor:
-        picture = self._picture(hint, "hint of a ControlNet")
+        picture = self._picture(hint, "hint of a ControlNet", middle=True)
         crops = [self._crop(picture, region, region.working_size) for region in regions]
         return torch.stack(crops).movedim(-1, 1)
 
-    def _picture(self, given: Tensor, name: str) -> Tensor:
-        """A mask [B,H,W] or hint [B,C,H,W] as [B,H,W,C] at the picture's size, kept for the other rows."""
+    def _picture(self, given: Tensor, name: str, middle: bool = False) -> Tensor:
+        """A mask [H,W] or [B,H,W], or a hint [B,C,H,W], as [B,H,W,C] at the picture's size, kept for the other rows.
+
+        Where its aspect is not the picture's it is stretched, or its ``middle`` taken, as ComfyUI does with each.
+        """
         known = self._scaled.get(id(given))
         if known is not None:
             return known[1]
-        planes = given[:, None] if given.ndim == 3 else given
-        if planes.shape[0] not in (1, self.image_count):
-            raise LunaInputError(
-                f"{name} holds {planes.shape[0]} pictures, image holds {self.image_count}: "
-                "give one for all, or one for each"
-            )
+        self.check_batch(given, name)
+        planes = given.reshape(-1, 1, *given.shape[-2:]) if given.ndim < 4 else given
+        if middle:
+            planes = self._middle(planes)
         if tuple(planes.shape[-2:]) != (self.height, self.width):
             planes = F.interpolate(planes.float(), (self.height, self.width), mode="bilinear", antialias=True)
         picture = planes.movedim(1, -1).cpu()

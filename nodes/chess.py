@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_prompts import check_prompts
-from ..batching.comfy_sampling import SamplingSettings
+from ..batching.comfy_sampling import SamplingSettings, least_share
 from ..batching.drawing import draw_plan
 from ..batching.grid import TileSettings, plan_tiles
 from ..batching.refine import PasteSettings, refine
+from ..batching.resting import without_px
 from ..batching.upscale import scale_image
 from ..errors import LunaInputError
 from ..sam3_bridge.from_masks import Picture, as_masks
@@ -24,6 +26,9 @@ from .refiner_inputs import (
     scaffold_input,
 )
 from .schema import luna_schema, notice
+
+_ROUNDING = 0.5 / 255
+"""What is left of a mask of 1 after scaling, and less than masks of 8 bits can mean."""
 
 
 def tile_inputs() -> list[Any]:
@@ -162,6 +167,9 @@ class LunaChessRefiner(io.ComfyNode):
         anchor, warnings = choose_anchor(
             recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )
+        share = _denoise_share(refined_mask, refined_strength, image)
+        if share is not None:
+            plan = without_px(plan, share, least_share(recipe), vae.spacial_compression_encode())
         engine = ComfyEngine(
             recipe,
             vae,
@@ -169,10 +177,11 @@ class LunaChessRefiner(io.ComfyNode):
             anchor,
             plan,
             noise_scaffold=check_scaffold(noise_scaffold, vae, image),
-            denoise_share=_denoise_share(refined_mask, refined_strength, image),
+            denoise_share=share,
         )
         warnings += range_notices(image)
         refined = refine(image, plan, engine, PasteSettings(color_match=color_match), keep_mask=False)
+        warnings += engine.notices
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)
 
 
@@ -194,7 +203,8 @@ def _denoise_share(mask: Tensor | None, strength: float, image: Tensor) -> Tenso
     if not masks.any():  # Load Image gives 64x64 zeros for a picture without alpha
         return None
     mask = scale_image(masks[..., None], height, width, "bicubic")[..., 0]
-    return 1 - (1 - strength) * mask.clamp(0, 1)
+    share = 1 - (1 - strength) * mask.clamp(0, 1)
+    return torch.where(share < _ROUNDING, 0, share)
 
 
 NODES = (LunaChessRefiner,)

@@ -10,7 +10,7 @@ from ..batching.blend import BLENDS
 from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_sampling import SamplingSettings
-from ..batching.concepts import Concept
+from ..batching.concepts import Concept, denoise_of
 from ..batching.crops import cut, fit_into
 from ..batching.plan import (
     AUTO_SIZES,
@@ -23,6 +23,7 @@ from ..batching.plan import (
     size_notices,
 )
 from ..batching.refine import PasteSettings, crop_batch, refine
+from ..batching.resting import without_rows
 from .anchors import anchor_inputs, choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
 from .refiner_inputs import (
@@ -176,8 +177,10 @@ class LunaSemanticDetailer(io.ComfyNode):
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
             return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))
-        if denoise == 0 and sigmas is None:
+        resting = _resting(plan, concepts, denoise if sigmas is None else None)
+        if len(resting) == len(plan.regions):
             return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
+        plan = without_rows(plan, resting)
         recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
         check_models(recipe.model, vae, crop_size)
         check_depth(recipe.model, vae, crop_size, "crop_size", cfg)
@@ -197,7 +200,10 @@ class LunaSemanticDetailer(io.ComfyNode):
         )
         warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=anchor is not None)
         warnings += range_notices(image)
+        if resting:
+            warnings.append(f"denoise is 0 for {len(resting)} of {len(plan.regions)} regions: they stay as they are")
         refined = refine(image, plan, engine, PasteSettings(blend, color_match), keep_crops=True)
+        warnings += engine.notices
         return io.NodeOutput(
             refined.image,
             refined.mask,
@@ -205,6 +211,11 @@ class LunaSemanticDetailer(io.ComfyNode):
             refined.crops_after,
             ui=notice(*warnings) if warnings else None,
         )
+
+
+def _resting(plan: RefinePlan, concepts: tuple[Concept, ...], denoise: float | None) -> set[int]:
+    """Rows whose denoise is 0; ``denoise`` is that of rows without one of their own, None where sigmas are given."""
+    return {region.row for region in plan.regions if denoise_of(region.label, concepts, denoise) == 0}
 
 
 def _unused(concepts: tuple[Concept, ...], found: Any, anchored: bool) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from ..batching.color import COLOR_MATCHES
 from ..batching.comfy_sampling import Recipe, SamplingSettings, ksampler_recipe, row_bytes
 from ..batching.plan import AUTO_SIZES, LARGER_AUTO_SIZES
 from ..errors import LunaInputError
+from ..values import shown
 
 
 def sampling_inputs(denoise: float) -> list[Any]:
@@ -112,6 +114,11 @@ def crop_sizes(model: Any, vae: Any) -> tuple[int, ...]:
     return AUTO_SIZES + tuple(size for size, shape in shapes.items() if row_bytes(model, shape) <= room)
 
 
+def _falls(sigmas: Tensor) -> bool:
+    """Whether noise levels are numbers that never rise, and not all the same."""
+    return bool(torch.isfinite(sigmas).all() and (sigmas.diff() <= 0).all() and sigmas[0] > sigmas[-1])
+
+
 def choose_recipe(
     model: Any,
     positive: list[Any],
@@ -132,7 +139,9 @@ def choose_recipe(
     if sampler is not None:
         recipe = replace(recipe, sampler=sampler)
     if sigmas is not None:
-        if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() <= 0).all()):
+        if not isinstance(sigmas, Tensor):
+            raise LunaInputError(f"sigmas is {shown(sigmas)}: connect the SIGMAS of a scheduler node")
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not _falls(sigmas):
             raise LunaInputError(
                 f"sigmas has shape {list(sigmas.shape)}: at least two noise levels, from high to low, are needed"
             )

@@ -14,6 +14,9 @@ from ..errors import LunaInputError
 from .checks import check_image, range_notices
 from .schema import luna_schema, notice
 
+MOST_STRETCHED = 1.05
+"""How far rounding to multiple_of may change a picture's aspect without a word."""
+
 
 class LunaPrepUpscale(io.ComfyNode):
     @classmethod
@@ -60,10 +63,17 @@ class LunaPrepUpscale(io.ComfyNode):
         cls, image: Tensor, target_size: int, method: Any, multiple_of: int, upscale_model: Any = None
     ) -> io.NodeOutput:
         check_image(image)
-        width, height = fitted_size(image.shape[2], image.shape[1], target_size, multiple_of)
+        given_width, given_height = image.shape[2], image.shape[1]
+        width, height = fitted_size(given_width, given_height, target_size, multiple_of)
         if upscale_model is not None and max(image.shape[1:3]) < max(width, height):
             image = _with_model(upscale_model, image)
         lines = range_notices(image) if image.shape[1:3] != (height, width) else []
+        stretched = width * given_height / (height * given_width)
+        if not 1 / MOST_STRETCHED <= stretched <= MOST_STRETCHED:
+            lines.append(
+                f"{given_width}x{given_height} px became {width}x{height} px, stretched by "
+                f"{max(stretched, 1 / stretched):.2f}: choose a smaller multiple_of or a larger target_size"
+            )
         return io.NodeOutput(scale_image(image, height, width, method), ui=notice(*lines) if lines else None)
 
 

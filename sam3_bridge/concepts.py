@@ -63,7 +63,7 @@ def _concept(entry: str, name: str) -> Concept:
     if ":" in entry:
         if not re.fullmatch(r"\s*[1-9][0-9]{0,5}\s*", count):
             raise LunaInputError(
-                f"{name}: {shown(entry)} needs a whole number from 1 to 999999 after the colon, for example face:9"
+                f"{name}: {shown(entry)} needs a whole number above 0 (up to 999999) after the colon: face:9"
             )
         limit = int(count)
     if excluded and limit:

@@ -53,6 +53,7 @@ def unet(
     prediction: str = "eps",
     dtype: torch.dtype = torch.float32,
     manual_cast: torch.dtype | None = None,
+    edits: bool = False,
 ) -> ModelPatcher:
     """A MODEL: ComfyUI's own BaseModel and UNetModel in a ModelPatcher.
 
@@ -61,6 +62,7 @@ def unet(
         extra_channels: 5 makes an inpaint model.
         prediction: "eps" or "v".
         dtype, manual_cast: of the weights, and of the computation where it is another.
+        edits: InstructPix2Pix, which reads a picture beside its latent; takes 4 extra channels.
     """
     config: dict[str, Any] = {**(denoiser.SD15_CONFIG if family == "sd15" else denoiser.SDXL_CONFIG), **_SMALL}
     config |= {"in_channels": 4 + extra_channels, "use_temporal_attention": False}
@@ -70,19 +72,25 @@ def unet(
     settings.set_inference_dtype(dtype, manual_cast)
     kind = comfy.model_base.ModelType.V_PREDICTION if prediction == "v" else comfy.model_base.ModelType.EPS
     base = {"sd15": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}[family]
+    if edits:
+        base = getattr(comfy.model_base, f"{family.upper()}_instructpix2pix")
     model = base(settings, model_type=kind, device="cpu")
-    if extra_channels:
+    if extra_channels and not edits:
         model.set_inpaint()
     seed_weights(model.diffusion_model, "tiny unet", family, extra_channels)
     model.eval()
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def flux() -> ModelPatcher:
-    """A MODEL that is no UNet: ComfyUI's own Flux with one block of each kind."""
+def flux(in_channels: int = 16) -> ModelPatcher:
+    """A MODEL that is no UNet: ComfyUI's own Flux with one block of each kind.
+
+    Args:
+        in_channels: 32 makes a depth or canny model, 96 a fill model.
+    """
     config: dict[str, Any] = {
         "image_model": "flux",
-        "in_channels": 16,
+        "in_channels": in_channels,
         "out_channels": 16,
         "vec_in_dim": 16,
         "context_in_dim": 16,
@@ -102,7 +110,7 @@ def flux() -> ModelPatcher:
     settings = comfy.supported_models.Flux(config)
     settings.set_inference_dtype(torch.float32, None)
     model = comfy.model_base.Flux(settings, device="cpu")
-    seed_weights(model.diffusion_model, "tiny flux")
+    seed_weights(model.diffusion_model, "tiny flux", *([in_channels] if in_channels != 16 else []))
     return ModelPatcher(model.eval(), torch.device("cpu"), torch.device("cpu"))
 
 

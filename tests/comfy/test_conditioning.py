@@ -72,6 +72,13 @@ def test_a_row_without_any_prompt_takes_the_first_and_says_so(sd15: Studio, capl
     assert "no conditioning covers some regions" in caplog.text
 
 
+def test_of_several_prompts_that_all_miss_a_row_the_first_counts(sd15: Studio) -> None:
+    image = photograph()
+    far = with_fields(text("first"), area=(8, 8, 56, 56)) + with_fields(text("second"), area=(8, 8, 48, 56))
+    result = sd15.detail(image, detections(image, [LEFT]), positive=far)[3]
+    assert difference(result, sd15.detail(image, detections(image, [LEFT]), positive=text("first"))[3]) <= BOUND
+
+
 def test_texts_of_a_picture_batch_go_to_their_pictures(sd15: Studio) -> None:
     images = photograph(2)
     texts = torch.cat([text("one")[0][0], text("two")[0][0]])

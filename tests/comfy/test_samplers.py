@@ -102,6 +102,19 @@ def test_latents_outside_the_mask_are_held(sd15: Studio) -> None:
     assert float((result - latents)[~held].abs().max()) > 0.1
 
 
+def test_a_mask_function_that_the_model_carries_is_kept(sd15: Studio) -> None:
+    """One that frees every px undoes a mask that holds all of them."""
+    recipe = recipe_for(sd15, "euler", steps=2)
+    free = sd15.model.clone()
+    free.set_model_denoise_mask_function(lambda sigma, mask, extra_options: torch.ones_like(mask))
+    positive, negative = (tiny.conditioning("sd15", name) for name in ("positive", "negative"))
+    own = ksampler_recipe(free, positive, negative, recipe.settings)
+    held = torch.zeros(3, 1, *SHAPE[1:])
+    everywhere = sampled(sd15, recipe, slice(0, 3), None)
+    assert float((sampled(sd15, own, slice(0, 3), held) - everywhere).abs().max()) <= BOUND
+    assert float((sampled(sd15, recipe, slice(0, 3), held) - everywhere).abs().max()) > 0.1
+
+
 def test_a_soft_mask_changes_latents_by_degrees(sd15: Studio) -> None:
     recipe = recipe_for(sd15, "euler", steps=12)
     latents = torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(1))

@@ -108,8 +108,6 @@ def planned(label: str) -> torch.Tensor:
 )
 def test_what_no_font_has_is_shown_by_its_number(label: str, wanted: str) -> None:
     assert shown(label) == wanted
-    if label != wanted and label.isascii():
-        assert torch.equal(tag(label), tag(wanted))
 
 
 @pytest.mark.usefixtures("cjk_font")
@@ -148,7 +146,7 @@ def test_a_long_label_keeps_its_start_and_its_end() -> None:
 def test_the_text_of_a_plan_stays_on_its_line() -> None:
     text = describe(plan_of("a\nrow 7: nothing\x1b[2J"), 4, {(64, 64): 1}, {(64, 64): 2**20})
     assert [line for line in text.split("\n") if line.startswith("row")] == [
-        line for line in text.split("\n") if "a\\nrow 7: nothing\\x1b[2J" in line
+        line for line in text.split("\n") if "a row 7: nothing [2J" in line
     ]
     assert "\x1b" not in text
 

@@ -24,9 +24,10 @@ nox.options.default_venv_backend = "none"
 def _set_up(session: nox.Session, steps: Callable[[], Path] = workspace.set_up) -> str:
     """Carries out the steps and returns the Python that they prepared."""
     try:
-        return str(steps())
+        python = steps()
     except workspace.SetupError as error:
         session.error(str(error))
+    return str(python)
 
 
 def _lint(session: nox.Session, python: str) -> None:
@@ -40,7 +41,7 @@ def _test(session: nox.Session, python: str, arguments: Sequence[str], environme
     workers = str(max(1, min(2, os.cpu_count() or 1)))
     parallel = [] if arguments else ["-n", workers, "--dist", "loadgroup"]
     threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
-    session.run(python, "-m", "pytest", *parallel, *arguments, env=threads | environment, external=True)
+    session.run(python, "-m", "pytest", *parallel, *arguments, env={**threads, **environment}, external=True)
 
 
 @nox.session

@@ -51,8 +51,8 @@ def make_group(number: int, alike: bool = False) -> Group:
         sharp = pictures.with_face(rng.choice(kind.texts), own, vary=False)
         truth.append(sharp)
         degraded.append(pictures.degrade(sharp, own))
-    stacks = (pictures.to_tensor(stack).movedim(1, -1).contiguous() for stack in (truth, degraded))
-    return Group(*stacks, number)
+    sharp_stack, degraded_stack = (pictures.to_tensor(stack).movedim(1, -1).contiguous() for stack in (truth, degraded))
+    return Group(sharp_stack, degraded_stack, number)
 
 
 class Trials:

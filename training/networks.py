@@ -89,16 +89,17 @@ class VAE(nn.Module):
         known = build_vae(scale_factor=1.0)
         for name, parameter in self.named_parameters():
             if name.endswith("conv.4.weight"):
-                parameter *= 0.3  # residual blocks start near nothing
+                parameter.mul_(0.3)  # residual blocks start near nothing
             start = known[name][tuple(slice(0, extent) for extent in parameter.shape)]
             if name in ("taesd_encoder.14.weight", "taesd_decoder.19.weight"):
                 parameter.mul_(0.3).add_(start)
                 continue
             rows = start.flatten(1).any(1) if start.ndim > 1 else start.ne(0)
             parameter[rows] = start[rows]
-        for parameter in (self.taesd_encoder[-1].weight, self.taesd_encoder[-1].bias):
-            parameter *= _LATENT_GAIN
-        self.taesd_decoder[1].weight /= _LATENT_GAIN
+        last, first = (self.get_submodule(name) for name in ("taesd_encoder.14", "taesd_decoder.1"))
+        for parameter in last.parameters():
+            parameter.mul_(_LATENT_GAIN)
+        first.get_parameter("weight").div_(_LATENT_GAIN)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[N,3,H,W] in 0..1 to [N,4,H/8,W/8]."""
@@ -141,8 +142,9 @@ class ImagePrompt(nn.Module):
     def _tie_tokens_to_places(self) -> None:
         """Starts every query at its place on an 8 x 8 grid, looking at the patches around it.
 
-        The first channels of the encoder's positions are sines of the place, which the resampler's queries and keys
-        compare; left to chance, finding the places takes most of the training.
+        The first channels of the encoder's positions are sines of the place. In the resampler a query holds its place
+        in the first channels, a patch in the next ones, so that queries find patches and not one another; left to
+        chance, finding the places takes most of the training.
         """
         width = _places(2).shape[1]
         embedding = self.vision.vision_model.embeddings.position_embedding.weight
@@ -151,18 +153,22 @@ class ImagePrompt(nn.Module):
         self.vision.vision_model.embeddings.patch_embedding.weight[:width] = 0
         self.image_proj.latents.normal_(std=0.3)
         self.image_proj.latents[0, :, :width] = _places(round(TOKENS**0.5))
+        self.image_proj.latents[0, :, width : 2 * width] = 0
         shift = nn.init.orthogonal_(torch.empty(TOKEN_WIDTH, VISION_WIDTH))
-        shift[:width] = 0
+        shift[: 2 * width] = 0
         shift[:, :width] = 0
-        shift[range(width), range(width)] = 1
+        shift[range(width, 2 * width), range(width)] = 1
         self.image_proj.proj_in.weight.copy_(shift)
         nn.init.zeros_(self.image_proj.proj_in.bias)
         head = TOKEN_WIDTH // RESAMPLER_HEADS
-        for attention, _ in self.image_proj.layers:
-            for weight in (attention.to_q.weight, attention.to_kv.weight[:TOKEN_WIDTH]):
+        for layer in range(RESAMPLER_DEPTH):
+            to_q, to_kv = (
+                self.image_proj.get_parameter(f"layers.{layer}.0.{name}.weight") for name in ("to_q", "to_kv")
+            )
+            for weight, place in ((to_q, 0), (to_kv[:TOKEN_WIDTH], width)):
                 weight.normal_(std=0.02)
                 for first in range(0, TOKEN_WIDTH, head):
-                    weight[range(first, first + width), range(width)] += 1.6
+                    weight[range(first, first + width), range(place, place + width)] += 1.6
 
 
 def _places(side: int) -> Tensor:

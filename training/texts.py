@@ -4,6 +4,7 @@ Every training picture gets a random one of them, so that the UNet learns to wor
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from builders.clip_files import build_clip_text
@@ -26,7 +27,8 @@ def contexts(folder: Path) -> Tensor:
     if path.is_file():
         return torch.load(path, weights_only=True)
     encoder = SD1ClipModel(dtype=torch.float32)
-    encoder.clip_l.transformer.load_state_dict(build_clip_text(), strict=False)
+    clip: Any = encoder.clip_l
+    clip.transformer.load_state_dict(build_clip_text(), strict=False)
     tokenizer = SD1Tokenizer()
     encoded = [encoder.encode_token_weights(tokenizer.tokenize_with_weights(text))[0] for text in prompts()]
     made = torch.cat([row[:, :77].float() for row in encoded])

@@ -19,13 +19,11 @@ from training.pool import Pool
 
 ROWS = 16
 LATENT_SIDE = SIDE // 8
-HINTS_FROM = 698
-"""From this step on hints act: by then the UNet denoises, but does not look at the pictures yet."""
 HINT_HEADS, HINT_OF_PLACES, HINT_OF_CONTENT = 4, 0.06, 0.25  # heads that get hints, weights of the two losses
 LAST_TIMESTEP = 900
 """A refinement at denoise 0.8 starts near timestep 800; pictures out of pure noise are not asked for."""
 WITHOUT_ANCHOR, WEAK_ANCHOR, EMPTY_ANCHOR = 0.15, 0.15, 0.04  # shares of the rows
-SCHEDULE = Schedule(steps=2000, learning_rate=1.2e-3, ema=0.997)
+SCHEDULE = Schedule(steps=4500, learning_rate=1.2e-3, warm_up=50, ema=0.997)
 
 
 class Anchored(torch.nn.Module):
@@ -52,7 +50,8 @@ class Anchored(torch.nn.Module):
         astray: list[Tensor] = []
 
         def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-            image_k, image_v = pairs[(*options["block"], options["block_index"])]
+            part, number = options["block"]
+            image_k, image_v = pairs[part, number, options["block_index"]]
             heads = options["n_heads"]
             astray.append(_astray(q, image_k, heads))
             image = optimized_attention(q, image_k, image_v, heads)
@@ -80,7 +79,8 @@ def train(folder: Path, until: int | None = None) -> Trainer:
     torch.manual_seed(1)
     model = Anchored()
     contexts = texts.contexts(folder)
-    alphas = ModelSamplingDiscrete().sigmas.square().add(1).reciprocal()  # cumulative, [1000]
+    sigmas: Any = ModelSamplingDiscrete().sigmas
+    alphas = sigmas.square().add(1).reciprocal()  # cumulative, [1000]
     nothing = torch.zeros(1, 3, 224, 224)
     reader = content_reader()
     trainer = Trainer("unet", {"unet": model.unet, "prompt": model.prompt, "reader": reader}, SCHEDULE, folder)
@@ -104,8 +104,6 @@ def train(folder: Path, until: int | None = None) -> Trainer:
         tokens = model.prompt.tokens(anchors)
         found, astray = model(noisy, timesteps.float(), text, tokens, weights)
         loss = F.mse_loss(found, noise)
-        if step < HINTS_FROM:
-            return loss
         unread = (reader(tokens) - _by_token(latents)).square().mean((1, 2))
         return loss + HINT_OF_PLACES * astray + HINT_OF_CONTENT * (unread * ~empty).mean()
 

@@ -149,7 +149,9 @@ def test_the_least_share_is_what_the_last_step_of_the_differential_mask_lets_in(
 class Halving(comfy.samplers.Sampler):
     """A custom sampler whose result is told at a glance: half of what it was given."""
 
-    def sample(self, model_wrap: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, *rest: Any, **more: Any):
+    def sample(
+        self, model_wrap: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, *rest: Any, **more: Any
+    ) -> Any:
         latent = rest[0] if rest else more["latent_image"]
         return latent / 2
 
@@ -190,7 +192,7 @@ def test_a_denoise_that_own_sigmas_rule_out_is_named_before_anything_is_sampled(
 
 @pytest.mark.parametrize("kind", ["unet", "flux"])
 def test_every_scheduler_gives_noise_levels_or_says_why_not(kind: str) -> None:
-    model = {"unet": tiny.unet, "flux": tiny.flux}[kind]()
+    model = tiny.unet() if kind == "unet" else tiny.flux()
     refused: dict[str, str] = {}
     for scheduler in comfy.samplers.SCHEDULER_NAMES:
         for steps in (1, 2, 3, 1500):

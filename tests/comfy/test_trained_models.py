@@ -1,5 +1,7 @@
 """The trained family: the files ComfyUI loads compute what the narrow networks learnt."""
 
+from typing import Any
+
 import comfy.clip_vision
 import comfy.samplers
 import comfy.sd
@@ -68,14 +70,12 @@ def test_unet_denoises_as_the_narrow_one_with_anchors(small: Narrow, wide: Narro
     """A whole sampling call, so that text, anchors and every timestep take part."""
     with torch.inference_mode():
         embeds = encode_rows(small.adapter, small.clip_vision, _pictures(2))
-        results = [
-            _sample(patch_model(models.model, models.adapter, embeds, weight=torch.tensor([1.0, 0.5])))
-            for models in (wide, small)
-        ]
-    _agree(*results, 1e-3)
+        weights = torch.tensor([1.0, 0.5])
+        results = [_sample(patch_model(m.model, m.adapter, embeds, weight=weights)) for m in (wide, small)]
+    _agree(results[0], results[1], 1e-3)
 
 
-def _sample(model: object) -> Tensor:
+def _sample(model: Any) -> Tensor:
     sampler = comfy.samplers.KSampler(model, 3, torch.device("cpu"), "euler", "normal", 0.6, model.model_options)
     text = [[_random(1, 77, 768), {}]]
     latents, noise = _random(2, 4, 24, 24), _random(2, 4, 24, 24).flip(0)

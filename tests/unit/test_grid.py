@@ -72,8 +72,8 @@ def shares(plan: RefinePlan) -> tuple[torch.Tensor, torch.Tensor]:
             box = region.paste
             place = slice(box.y1, box.y2), slice(box.x1, box.x2)
             weights = region.weights.draw(box).double()
-            share[(slice(None), *place)] *= 1 - weights
-            share[(region.row, *place)] += weights
+            share[(slice(None), place[0], place[1])] *= 1 - weights
+            share[(region.row, place[0], place[1])] += weights
             left[place] *= 1 - weights
     return share, left
 

@@ -31,6 +31,9 @@ def test_rows_in_no_pass_keep_their_numbers_crops_and_bits() -> None:
     assert (refined.image[0, 8:40, 8:40] != image[0, 8:40, 8:40]).any()
     assert refined.mask is not None
     assert float(refined.mask[1, 8:40, 8:40].max()) == 0
+    assert refined.crops_before is not None
+    assert refined.crops_after is not None
+    assert usual.crops_before is not None
     assert torch.equal(refined.crops_before[1], usual.crops_before[1])
     assert torch.equal(refined.crops_after[1], usual.crops_before[1])
     assert torch.equal(refined.crops_before[2], usual.crops_before[2])

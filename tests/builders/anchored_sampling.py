@@ -75,7 +75,12 @@ def anchored(model: Any, family: tiny.Family = "sd15", rows: int = ROWS, **setti
 
 def node_defaults(node: Any) -> dict[str, Any]:
     """What a graph passes for the inputs of a node class that nobody has touched, in this release of ComfyUI."""
-    values = {entry.id: getattr(entry, "default", None) for entry in node.define_schema().inputs}
+
+    def untouched(entry: Any) -> Any:
+        default, options = getattr(entry, "default", None), getattr(entry, "options", None)
+        return options[0] if default is None and options else default  # the page shows a list's first entry
+
+    values = {entry.id: untouched(entry) for entry in node.define_schema().inputs}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -8,6 +8,7 @@ from builders import tiny
 from builders.refining import Studio, counting, detections, photograph
 from luna_refinement.batching.comfy_prompts import check_prompts
 from luna_refinement.batching.concepts import Concept
+from luna_refinement.batching.plan import SMALLEST_WORKING
 from luna_refinement.errors import LunaInputError
 
 Prompt = list[list[Any]]
@@ -77,8 +78,14 @@ def test_every_crop_size_works_or_is_refused_by_its_name(studio: Studio, crop_si
     image = photograph(1, 96, 96)
     found = detections(image, [(30.0, 30.0, 70.0, 80.0)])
     settings: dict[str, Any] = {"model": model, "cfg": cfg, "crop_size": crop_size, "steps": 1}
-    if cfg == 1 and crop_size <= SMALLEST[studio.family]:
-        with pytest.raises(LunaInputError, match=f"crop_size is {crop_size}: .* more than {SMALLEST[studio.family]}"):
+    if crop_size < SMALLEST_WORKING:
+        refusal = f"crop_size is {crop_size}: use a multiple of 8 from {SMALLEST_WORKING} on"
+    elif cfg == 1 and crop_size <= SMALLEST[studio.family]:
+        refusal = f"crop_size is {crop_size}: .* more than {SMALLEST[studio.family]}"
+    else:
+        refusal = None
+    if refusal:
+        with pytest.raises(LunaInputError, match=refusal):
             studio.detail(image, found, **settings)
         assert not calls
     else:

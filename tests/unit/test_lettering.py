@@ -157,4 +157,4 @@ def test_any_label_is_drawn_in_preview_and_plan(label: str) -> None:
     for drawn in (tag(label), planned(label)):
         assert drawn.shape == (1, 200, 300, 3)
         assert torch.isfinite(drawn).all()
-    assert bool(label.strip()) == bool(shown(label).strip())
+    assert shown(label).strip() or not label.strip()

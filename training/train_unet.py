@@ -13,17 +13,18 @@ from torch import Tensor
 
 from training import texts, train_vae
 from training.loop import Schedule, Trainer
-from training.networks import LATENT_CHANNELS, TOKEN_WIDTH, TOKENS, VAE, ImagePrompt, unet
+from training.networks import LATENT_CHANNELS, TOKEN_WIDTH, TOKENS, UNET_WIDTH, VAE, ImagePrompt, unet
 from training.pictures import SIDE
 from training.pool import Pool
 
 ROWS = 16
 LATENT_SIDE = SIDE // 8
-HINT_HEADS, HINT_OF_PLACES, HINT_OF_CONTENT = 4, 0.06, 0.25  # heads that get hints, weights of the two losses
+SIDES = (12, 6)  # of the UNet's levels with attention
+HINT_HEADS, HINT_OF_PLACES, HINT_OF_CONTENT = 4, 0.06, 0.25  # heads that get hints of places, weights of the losses
 LAST_TIMESTEP = 900
 """A refinement at denoise 0.8 starts near timestep 800; pictures out of pure noise are not asked for."""
 WITHOUT_ANCHOR, WEAK_ANCHOR, EMPTY_ANCHOR = 0.15, 0.15, 0.04  # shares of the rows
-SCHEDULE = Schedule(steps=4500, learning_rate=1.2e-3, warm_up=50, ema=0.997)
+SCHEDULE = Schedule(steps=3000, learning_rate=1.2e-3, warm_up=50, ema=0.997)
 
 
 class Anchored(torch.nn.Module):
@@ -37,8 +38,11 @@ class Anchored(torch.nn.Module):
 
     def forward(
         self, x: Tensor, timesteps: Tensor, text: Tensor, tokens: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The noise in ``x`` [N,4,h,w], and how far the first heads look from each query's own place (cross-entropy).
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The noise in ``x`` [N,4,h,w], and what hints are about.
+
+        These are how far the first heads look from each query's own place (cross-entropy), and what each layer's
+        attention takes from the picture, [N,s*s,64].
 
         Args:
             timesteps: [N].
@@ -48,6 +52,7 @@ class Anchored(torch.nn.Module):
         """
         pairs = dict(zip(self.keys, self.prompt.keys_values(tokens), strict=True))
         astray: list[Tensor] = []
+        taken: list[Tensor] = []
 
         def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
             part, number = options["block"]
@@ -55,11 +60,12 @@ class Anchored(torch.nn.Module):
             heads = options["n_heads"]
             astray.append(_astray(q, image_k, heads))
             image = optimized_attention(q, image_k, image_v, heads)
+            taken.append(image)
             return optimized_attention(q, k, v, heads) + weights[:, None, None] * image
 
         options = {"patches_replace": {"attn2": dict.fromkeys(self.keys, attend)}}
         noise = self.unet(x, timesteps, context=text, transformer_options=options)
-        return noise, torch.stack(astray).mean()
+        return noise, torch.stack(astray).mean(), taken
 
 
 def _astray(q: Tensor, k: Tensor, heads: int) -> Tensor:
@@ -82,8 +88,8 @@ def train(folder: Path, until: int | None = None) -> Trainer:
     sigmas: Any = ModelSamplingDiscrete().sigmas
     alphas = sigmas.square().add(1).reciprocal()  # cumulative, [1000]
     nothing = torch.zeros(1, 3, 224, 224)
-    reader = content_reader()
-    trainer = Trainer("unet", {"unet": model.unet, "prompt": model.prompt, "reader": reader}, SCHEDULE, folder)
+    readers = Readers(len(model.keys))
+    trainer = Trainer("unet", {"unet": model.unet, "prompt": model.prompt, "readers": readers}, SCHEDULE, folder)
 
     def loss_at(step: int) -> Tensor:
         latents, anchors = pool.batch(step, ROWS)
@@ -102,27 +108,53 @@ def train(folder: Path, until: int | None = None) -> Trainer:
         signal = alphas[timesteps][:, None, None, None]
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         tokens = model.prompt.tokens(anchors)
-        found, astray = model(noisy, timesteps.float(), text, tokens, weights)
-        loss = F.mse_loss(found, noise)
-        unread = (reader(tokens) - _by_token(latents)).square().mean((1, 2))
-        return loss + HINT_OF_PLACES * astray + HINT_OF_CONTENT * (unread * ~empty).mean()
+        found, astray, taken = model(noisy, timesteps.float(), text, tokens, weights)
+        unread = readers(latents, [tokens, *taken])  # [N]
+        return F.mse_loss(found, noise) + HINT_OF_PLACES * astray + HINT_OF_CONTENT * (unread * ~empty).mean()
 
     trainer.run(loss_at, until)
     trainer.use_mean()
     return trainer
 
 
-def content_reader() -> torch.nn.Linear:
-    """Reads the sharp latents around a token's place from the token; only training needs it.
+class Readers(torch.nn.Module):
+    """Reads the sharp latents around each place from the tokens, and from what every cross-attention takes of them.
 
-    It teaches the image encoder what to put into the tokens before the UNet has learnt to look at them.
+    Only training needs it: it teaches the image encoder what to put into the tokens, and the attention what to bring,
+    before the UNet has learnt what either is good for.
     """
-    return torch.nn.Linear(TOKEN_WIDTH, LATENT_CHANNELS * (LATENT_SIDE // math.isqrt(TOKENS)) ** 2)
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.of_tokens = _reader(TOKEN_WIDTH, math.isqrt(TOKENS))
+        self.of_layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({str(side): _reader(UNET_WIDTH, side) for side in SIDES}) for _ in range(layers)
+        )
+
+    def forward(self, latents: Tensor, found: list[Tensor]) -> Tensor:
+        """Mean square of what cannot be read, [N]: of the tokens plus the mean of the layers.
+
+        Args:
+            latents: [N,4,24,24], sharp.
+            found: the tokens [N,64,96], then each layer's [N,s*s,64].
+        """
+        tokens, *layers = found
+        errors = []
+        for readers, taken in zip(self.of_layers, layers, strict=True):
+            side = math.isqrt(taken.shape[1])
+            read: Any = readers
+            errors.append((read[str(side)](taken) - _by_place(latents, side)).square().mean((1, 2)))
+        of_tokens = (self.of_tokens(tokens) - _by_place(latents, math.isqrt(TOKENS))).square().mean((1, 2))
+        return of_tokens + torch.stack(errors).mean(0)
 
 
-def _by_token(latents: Tensor) -> Tensor:
-    """[N,4,24,24] as [N,64,36]: what lies at each token's place."""
-    part = LATENT_SIDE // math.isqrt(TOKENS)
+def _reader(width: int, side: int) -> torch.nn.Linear:
+    return torch.nn.Linear(width, LATENT_CHANNELS * (LATENT_SIDE // side) ** 2)
+
+
+def _by_place(latents: Tensor, side: int) -> Tensor:
+    """[N,4,24,24] as [N,side*side,4*p*p]: the p x p latent px at each place of a grid."""
+    part = LATENT_SIDE // side
     return F.unfold(latents, part, stride=part).mT
 
 

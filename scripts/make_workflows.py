@@ -67,13 +67,13 @@ PLACES = {
     "LunaSAM3Detect": Place(2, "Regions", (360, 200)),
     "LunaDetectionsFilter": Place(2, "Regions", (360, 230)),
     "CLIPTextEncode": Place(2, "Prompts", (360, 110)),
-    "LunaSemanticDetailer": Place(3, "Refine regions", (330, 980)),
-    "LunaChessRefiner": Place(4, "Refine the whole picture", (330, 920)),
+    "LunaSemanticDetailer": Place(3, "Refine regions", (330, 1120)),
+    "LunaChessRefiner": Place(4, "Refine the whole picture", (330, 1060)),
     "SaveImage": Place(5, "Result", (480, 560)),
     "LunaDetectionsPreview": Place(6, "What happened", (300, 300)),
     "PreviewImage": Place(6, "What happened", (300, 260)),
 }
-"""Where each kind of node stands; within a group in this order. The refiners have room for their live preview."""
+"""Where each kind of node stands; within a group in this order. The refiners have room for notices and live preview."""
 
 COLORS = {
     "Picture": "#8A8",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LunaRuntimeError
+from ..values import fraction
 from .embeds import RowEmbeds
 
 Options = Mapping[str, Any]
@@ -40,6 +41,9 @@ class AnchorOptions:
         start_percent, end_percent: part of the model's whole schedule in which anchors act, 0..1.
         sigma_start, sigma_end: noise levels of that part (start is the larger), see ``for_schedule``.
         masks: [N,H,W] in 0..1, where in each row's picture the anchor acts, or None for everywhere.
+
+    Raises:
+        LunaInputError: start or end is no fraction.
     """
 
     weights: Tensor
@@ -49,6 +53,10 @@ class AnchorOptions:
     sigma_start: float = float("inf")
     sigma_end: float = 0.0
     masks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        fraction(self.start_percent, "start of the anchors")
+        fraction(self.end_percent, "end of the anchors")
 
     def for_schedule(self, model_sampling: Any) -> "AnchorOptions":
         """With the noise levels that start and end are in ComfyUI's ``model_sampling``."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..values import real, shown
 from .layers import AttentionLayer
 
 _MOST = 100.0
@@ -82,6 +83,9 @@ class LayerWeights:
     def __post_init__(self) -> None:
         if self.preset not in LAYER_PRESETS:
             raise LunaInputError(f"preset is '{self.preset}': use one of {', '.join(LAYER_PRESETS)}")
+        for factor in (*self.row_curve, *(value for _, value in self.overrides)):
+            if not -_MOST <= real(factor, "a factor of layer_weights") <= _MOST:
+                raise LunaInputError(f"layer_weights holds {shown(factor)}: use factors from {-_MOST:g} to {_MOST:g}")
 
     def resolve(self, layers: Sequence[AttentionLayer]) -> list[LayerFactor]:
         """The factor of each layer.

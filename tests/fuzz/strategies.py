@@ -174,12 +174,12 @@ def arrays(draw: st.DrawFn, shapes: st.SearchStrategy[tuple[int, ...]] | None = 
     """Of any type, byte order and stride."""
     shape = draw(_shapes() if shapes is None else shapes)
     kind = draw(st.one_of(st.just("f4"), st.sampled_from(ARRAY_TYPES)))
-    values = np.random.default_rng(draw(st.integers(0, 5))).random(shape)
-    values = values * draw(st.sampled_from((0, 1, 1, 255)))
+    values = np.asarray(np.random.default_rng(draw(st.integers(0, 5))).random(shape))
+    values = np.asarray(values * draw(st.sampled_from((0, 1, 1, 255))))
     if values.size and kind in ("f4", ">f4", "f8") and draw(st.booleans()):
         values.flat[0] = draw(st.sampled_from((np.nan, np.inf, -5.0)))
     array = values.astype("i8").astype(kind) if kind == "M8[s]" else values.astype(kind)
-    return array[tuple(slice(None, None, -1) for _ in shape)] if draw(st.booleans()) else array
+    return array[tuple(slice(None, None, -1) for _ in array.shape)] if draw(st.booleans()) else array
 
 
 def pictures() -> st.SearchStrategy[Tensor]:

@@ -122,11 +122,12 @@ def embeds(given: tuple[Any, Any]) -> None:
         schema_numbers(0, 1),
         st.one_of(damaged(("1, 0.5",)), texts()),
         st.none() | masks(16, 16),
-        st.one_of(st.none(), numbers().map(lambda number: LayerWeights(row_curve=(number,)))),
+        st.none() | numbers(),
     )
 )
 def settings_of_anchors(given: tuple[Any, ...]) -> None:
-    weight, start, end, row_weights, mask, layers = given
+    weight, start, end, row_weights, mask, factor = given
+    layers = None if factor is None else LayerWeights(row_curve=(factor,))
     tokens = RowEmbeds(torch.zeros(2, 16, 768), torch.zeros(1, 16, 768))
     LunaApplyIPAdapter.execute(
         unet(), adapter(), weight, start, end, "V only", row_weights, None, None, tokens, layers, mask

@@ -91,10 +91,12 @@ class MaskWeights:
         kernel = _parabola(self.feather_px)
         shift = math.floor(self.outward_px - self.feather_px / 2)  # never further out than asked
         wide = window.grown(abs(shift) + len(kernel) // 2)
-        inside = wide.intersect(Box(0, 0, self.width, self.height))
-        drawn = draw_mask(self.target, self.mask, inside)[None, None]
-        edges = (inside.x1 - wide.x1, wide.x2 - inside.x2, inside.y1 - wide.y1, wide.y2 - inside.y2)
-        drawn = F.pad(drawn, edges, mode="replicate")[0, 0]
+        # px past the picture, which a window may hold alone, are those at its border
+        columns = torch.arange(wide.x1, wide.x2).clamp(0, self.width - 1)
+        rows = torch.arange(wide.y1, wide.y2).clamp(0, self.height - 1)
+        x1, x2, y1, y2 = (int(at) for at in (columns[0], columns[-1], rows[0], rows[-1]))
+        inside = draw_mask(self.target, self.mask, Box(x1, y1, x2 + 1, y2 + 1))
+        drawn = inside[rows - y1][:, columns - x1]
         for dim in (-1, -2):
             drawn = _shift_edge(drawn, shift, dim)
         for dim in (-1, -2):

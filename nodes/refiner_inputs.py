@@ -14,6 +14,7 @@ from ..batching.comfy_sampling import Recipe, SamplingSettings, ksampler_recipe,
 from ..batching.plan import AUTO_SIZES, LARGER_AUTO_SIZES
 from ..errors import LunaInputError
 from ..values import shown
+from .checks import is_plain
 
 
 def sampling_inputs(denoise: float) -> list[Any]:
@@ -139,7 +140,7 @@ def choose_recipe(
     if sampler is not None:
         recipe = replace(recipe, sampler=sampler)
     if sigmas is not None:
-        if not isinstance(sigmas, Tensor):
+        if not is_plain(sigmas):
             raise LunaInputError(f"sigmas is {shown(sigmas)}: connect the SIGMAS of a scheduler node")
         if sigmas.ndim != 1 or len(sigmas) < 2 or not _falls(sigmas):
             raise LunaInputError(

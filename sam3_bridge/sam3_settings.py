@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LunaInputError
+from ..values import shown
 
 _WORD_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 """Words and their numbers, which the tokenizer reads as such."""
@@ -88,14 +89,17 @@ def _check_parts(path: Path, index: str) -> None:
     parts = read_settings(path, index).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise LunaInputError(f"sam3_model '{path.name}': {index} lists no parts of the weights. Download it again")
+    files = {entry.name for entry in path.iterdir() if entry.is_file()}
     for part in {str(part) for part in parts.values()}:
         if not part.endswith(".safetensors") or part != Path(part).name or "\\" in part:
             raise LunaInputError(
-                f"sam3_model '{path.name}': {index} names '{part}' as a part of the weights: only .safetensors files "
-                "of this very folder are read"
+                f"sam3_model '{path.name}': {index} names {shown(part)} as a part of the weights: only .safetensors "
+                "files of this very folder are read"
             )
-        if not (path / part).is_file():
-            raise LunaInputError(f"sam3_model '{path.name}' lacks {part}, which {index} names. Download it again")
+        if part not in files:
+            raise LunaInputError(
+                f"sam3_model '{path.name}' lacks {shown(part)}, which {index} names. Download it again"
+            )
 
 
 def _fields(settings: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:

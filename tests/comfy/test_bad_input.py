@@ -46,6 +46,8 @@ def test_no_detections_pass_the_picture_through(sd15: Studio) -> None:
         ("no block 'output.99'", {"layer_weights": LayerWeights("none", (("output.99", 1.0),))}),
         ("sigmas has shape", {"sigmas": torch.tensor([1.0])}),
         ("sigmas has shape", {"sigmas": torch.tensor([1.0, 5.0])}),
+        (r"sigmas is tensor\(", {"sigmas": torch.tensor([1.0, 0.0]).to_sparse()}),
+        (r"sigmas is tensor\(", {"sigmas": torch.zeros(2, device="meta")}),
         ("noise_scaffold has shape", {"noise_scaffold": {"samples": torch.zeros(1, 4, 8, 8)}}),
         ("ip_adapter is a str", {"ip_adapter": "file"}),
     ],

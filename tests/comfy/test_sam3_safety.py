@@ -134,7 +134,11 @@ def test_weights_are_read_from_safetensors_of_the_folder_alone(folder: Path, tmp
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "gone.safetensors"}}', "{"])
+BROKEN = ("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "gone.safetensors"}}', "{")
+TOO_LONG = json.dumps({"weight_map": {"a": "9" * 5000 + ".safetensors"}})
+
+
+@pytest.mark.parametrize("index", [*BROKEN, pytest.param(TOO_LONG, id="a name no file can have")])
 def test_a_broken_list_of_parts_is_named(folder: Path, index: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(index)

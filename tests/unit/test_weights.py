@@ -55,6 +55,16 @@ def test_feather_stops_at_no_picture_border() -> None:
     assert weights.draw(Box(0, 0, 50, 50)).min() > 0.999
 
 
+def test_beyond_the_picture_a_mask_goes_on_as_at_its_border() -> None:
+    """Crops of long, thin pictures reach far past them, whole windows at a time."""
+    weights = MaskWeights((10.0, 0.0, 30.0, 5.0), None, feather_px=4, outward_px=4, width=40, height=7)
+    top, bottom = weights.draw(Box(0, 0, 40, 1)), weights.draw(Box(0, 6, 40, 7))
+    assert torch.equal(weights.draw(Box(0, -100, 40, -60)), weights.draw(Box(0, -60, 40, -20)))
+    assert torch.allclose(weights.draw(Box(0, -100, 40, -60)), top.expand(40, 40), atol=1e-6)
+    assert weights.draw(Box(0, 50, 40, 60)).max() <= bottom.max()
+    assert not weights.draw(Box(100, 0, 120, 7)).any()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_paste_weights_vanish_outside_the_paste_box_and_hold_inside(data: st.DataObject) -> None:

@@ -140,7 +140,7 @@ def choose_recipe(
     if sampler is not None:
         recipe = replace(recipe, sampler=sampler)
     if sigmas is not None:
-        if not is_plain(sigmas):
+        if not is_plain(sigmas) or not sigmas.is_floating_point():
             raise LunaInputError(f"sigmas is {shown(sigmas)}: connect the SIGMAS of a scheduler node")
         if sigmas.ndim != 1 or len(sigmas) < 2 or not _falls(sigmas):
             raise LunaInputError(

@@ -48,6 +48,7 @@ def test_no_detections_pass_the_picture_through(sd15: Studio) -> None:
         ("sigmas has shape", {"sigmas": torch.tensor([1.0, 5.0])}),
         (r"sigmas is tensor\(", {"sigmas": torch.tensor([1.0, 0.0]).to_sparse()}),
         (r"sigmas is tensor\(", {"sigmas": torch.zeros(2, device="meta")}),
+        (r"sigmas is tensor\(", {"sigmas": torch.tensor([1.0 + 1.0j, 0.0])}),
         ("noise_scaffold has shape", {"noise_scaffold": {"samples": torch.zeros(1, 4, 8, 8)}}),
         ("ip_adapter is a str", {"ip_adapter": "file"}),
     ],

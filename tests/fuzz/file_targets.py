@@ -210,12 +210,12 @@ def sam3_weights(given: tuple[int, int, int]) -> None:
     load_sam3(_written("sam3_loose.safetensors", bytes(content)), config)
 
 
-@target(st.one_of(json_texts(("weight_map",), (json.dumps({"weight_map": {"a": "model.safetensors"}}),)), texts()))
+@target(st.one_of(json_texts(("weight_map",), (json.dumps({"weight_map": {"a": "part.safetensors"}}),)), texts()))
 def sam3_indexes(text: str) -> None:
     from luna_refinement.sam3_bridge.sam3_files import INDEX
 
     folder = FOLDER / "sam3" / "sharded"
-    for name in ("processor_config.json", "tokenizer.json"):
+    for name in ("processor_config.json", "tokenizer.json", "part.safetensors"):
         _written(f"sam3/sharded/{name}", b"{}")
     _written("sam3/sharded/config.json", CONFIGS[0].encode())
     _written(f"sam3/sharded/{INDEX}", text.encode("utf-8", "surrogatepass"))

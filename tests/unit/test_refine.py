@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from builders.detections import PlainDetection
@@ -54,6 +56,18 @@ def test_every_blend_and_color_match_stays_inside_the_mask(blend: str, color_mat
     changed = (refined.image != image).any(-1)
     assert changed.any()
     assert not (changed & (refined.mask == 0)).any()
+
+
+@pytest.mark.parametrize("color_match", ["mean_std", "wavelet"])
+def test_a_later_pass_takes_its_colours_from_the_input_picture(color_match: str) -> None:
+    """Not from what earlier passes made of it: colours would drift from pass to pass."""
+    image = torch.linspace(0.2, 0.8, 64).view(1, 1, 64, 1).expand(1, 64, 64, 3).contiguous()
+    whole, left = (0.0, 0.0, 64.0, 64.0), (0.0, 16.0, 32.0, 48.0)
+    plan = replace(plan_for([whole, left], image), passes=((0,), (1,)))
+    mirror = ExactEngine(lambda row, latent: latent.flip(-1) if row == 0 else latent)
+    refined = refine(image, plan, mirror, PasteSettings(color_match=color_match)).image
+    inner = (0, slice(20, 44), slice(4, 28))
+    assert refined[inner].mean() == pytest.approx(float(image[inner].mean()), abs=0.06)
 
 
 def test_input_picture_is_not_modified() -> None:

@@ -46,8 +46,9 @@ def _test(session: nox.Session, python: str, arguments: Sequence[str], environme
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Refine a real photograph in a real ComfyUI; ``nox -s demo -- --serve`` leaves the web page open."""
-    session.run(_set_up(session), str(ROOT / "scripts" / "demo.py"), *session.posargs, external=True)
+    """Bring nine faces back in a real ComfyUI; ``-- --chess`` a crowd, ``-- --serve`` leaves the web page open."""
+    python = _set_up(session, partial(workspace.set_up, families=("faces",)))
+    session.run(python, str(ROOT / "scripts" / "demo.py"), *session.posargs, external=True)
 
 
 @nox.session

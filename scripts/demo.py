@@ -1,25 +1,39 @@
-"""Refines five regions of a real photograph in one sampling call, on a real ComfyUI server over its own interface.
+"""Brings small, noisy, compressed faces back, on a real ComfyUI server over its own interface.
 
-demo.py            writes before, after and side-by-side pictures to demo_output
-demo.py --serve    does the same and leaves the server running for the web page
+demo.py            nine faces by the Semantic Detailer, all in one sampling call
+demo.py --chess    a larger picture by the Chess Refiner, in two
+demo.py --serve    leaves the web page open, with the workflow in its side bar
+
+Before, after, the truth and all three side by side go to demo_output, the Chess Refiner's to demo_output/chess.
 """
 
 import argparse
-import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import workspace
 
 sys.path.insert(0, str(workspace.ROOT / "tests"))
+sys.path.append(str(workspace.ROOT))  # last: ComfyUI has a module ``nodes`` of its own
 
-from builders.assets import ASTRONAUT
-from builders.graphs import node_id, workflow
-from builders.server import ComfyServer, ServerError
-from PIL import Image
+from builders.demo import WORKFLOW_NAMES, demo_graph, place_workflows
+from builders.graphs import Graph, node_id
+from builders.pictures import write_pictures
+from builders.server import ComfyServer, Run, ServerError
+from PIL import Image, ImageDraw, ImageFont
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from training.scenes import CROWD, FACES, Box, Scene
 
 OUTPUT = workspace.ROOT / "demo_output"
-GAP = 8  # px between the pictures of the side-by-side
+README_PICTURES = {FACES: "demo.jpg", CROWD: "demo_chess.jpg"}
+README_WIDTH = 1500  # px
+GAP, LABEL = 8, 40  # px between the pictures of the side-by-side, and of the labels above them
 
 
 class ProgressLine:
@@ -38,46 +52,105 @@ class ProgressLine:
             print(f"\r  {title}  {bar:░<24} {data['value']}/{data['max']}", end="", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Refine a real photograph with the Semantic Detailer.")
+@dataclass(frozen=True)
+class Likeness:
+    """How near a picture is to the truth: structural similarity, and PSNR in dB."""
+
+    ssim: float
+    psnr: float
+
+
+def likeness(picture: Image.Image, truth: Image.Image, box: Box | None = None) -> Likeness:
+    """Of the whole pictures, or of a box of both."""
+    a, b = (np.asarray(whole.crop(box) if box else whole) for whole in (picture, truth))
+    return Likeness(float(structural_similarity(a, b, channel_axis=-1)), float(peak_signal_noise_ratio(a, b)))
+
+
+REFINERS = {FACES: "LunaSemanticDetailer", CROWD: "LunaChessRefiner"}
+
+
+def calls(run: Run, graph: Graph, scene: Scene) -> list[int]:
+    """Rows of every sampling call, as the server's progress messages tell: each step counts the rows it advanced."""
+    key = node_id(graph, REFINERS[scene])
+    values = [0, *(value for value, _ in run.progress(key))]
+    advanced = [after - before for before, after in pairwise(values) if after > before]
+    return advanced[:: graph[key]["inputs"]["steps"]]
+
+
+def report(scene: Scene, before: Image.Image, after: Image.Image) -> str:
+    """A table of every face's likeness before and after, and their means."""
+    truth = scene.truth()
+    lines = [f"  {'':14}{'SSIM':^18}{'PSNR in dB':^20}"]
+    rows = [(face.name, *(likeness(picture, truth, face.box) for picture in (before, after))) for face in scene.faces]
+    for name, a, b in [*rows, ("whole picture", likeness(before, truth), likeness(after, truth))]:
+        lines.append(f"  {name:14}{a.ssim:7.3f} → {b.ssim:.3f}  {a.psnr:8.1f} → {b.psnr:.1f}")
+    better = sum(b.ssim > a.ssim for _, a, b in rows)
+    mean = [float(np.mean([row[place].ssim for row in rows])) for place in (1, 2)]
+    lines.append(f"\n  {better} of {len(rows)} faces are nearer to the truth; mean SSIM {mean[0]:.3f} → {mean[1]:.3f}")
+    return "\n".join(lines)
+
+
+def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
+    """The pictures in a row, their names above them."""
+    width, height = next(iter(pictures.values())).size
+    sheet = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height + LABEL), "white")
+    font = ImageFont.load_default(0.7 * LABEL)
+    for place, (name, picture) in enumerate(pictures.items()):
+        x = place * (width + GAP)
+        ImageDraw.Draw(sheet).text((x + width // 2, LABEL // 2), name, "black", font, anchor="mm")
+        sheet.paste(picture, (x, LABEL))
+    return sheet
+
+
+def demonstrate(server: ComfyServer, scene: Scene, folder: Path) -> Image.Image:
+    """Runs the scene's graph, prints what came of it, writes the pictures and returns all of them side by side."""
+    graph = demo_graph(scene)
+    titles = {key: node["_meta"]["title"] for key, node in graph.items()}
+    print(f"Queueing demo/api/{scene.name}.json on {server.url}", end="")
+    run = server.run(graph, ProgressLine(titles))
+    (saved,) = run.outputs[node_id(graph, "SaveImage")]["images"]
+    before, after = scene.degraded(), server.image(saved)
+    print(f"\n\n{report(scene, before, after)}")
+    rows = calls(run, graph, scene)
+    print(f"  {len(rows)} sampling call{'s' * (len(rows) > 1)} of {' and '.join(map(str, rows))} rows, ", end="")
+    print(f"{run.seconds:.0f} s from queue to picture\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"before": before, "after": after, "truth": scene.truth()}
+    sheet = side_by_side(pictures)
+    for name, picture in {**pictures, "side_by_side": sheet}.items():
+        picture.save(folder / f"{name}.png")
+        print(f"  {folder / f'{name}.png'}")
+    return sheet
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Bring drawn faces back with the Semantic Detailer.")
+    parser.add_argument("--chess", action="store_true", help="a larger picture with the Chess Refiner instead")
     parser.add_argument("--serve", action="store_true", help="leave the web page open afterwards")
     parser.add_argument("--port", type=int, default=None, help="port of the server (default: any free one)")
-    arguments = parser.parse_args()
+    parser.add_argument("--readme", action="store_true", help="also write the README's picture to docs")
+    given = parser.parse_args(arguments)
 
-    graph = workflow("semantic_detailer", crop_size=448, steps=3, denoise=0.25, feather=12)
-    titles = {key: node["_meta"]["title"] for key, node in graph.items()}
+    scene, folder = (CROWD, OUTPUT / "chess") if given.chess else (FACES, OUTPUT)
+    write_pictures(workspace.BASE / "input")
+    place_workflows(workspace.BASE)
     print("Starting ComfyUI …")
     try:
-        with ComfyServer(workspace.comfyui_path(), workspace.BASE, arguments.port) as server:
-            print(f"Queueing workflows/api/semantic_detailer.json on {server.url}", end="")
-            run = server.run(graph, ProgressLine(titles))
-            (saved,) = run.outputs[node_id(graph, "SaveImage")]["images"]
-            _write(server.image(saved))
-            print(f"\n\nRefined in {run.seconds:.0f} s. The small models' weights are made up:")
-            print("the pictures show the mechanics, not beauty.")
-            for name in ("before", "after", "side_by_side"):
-                print(f"  {OUTPUT / f'{name}.png'}")
-            if arguments.serve:
-                _serve(server)
+        with ComfyServer(workspace.comfyui_path(), workspace.BASE, given.port) as server:
+            sheet = demonstrate(server, scene, folder)
+            if given.readme:
+                small = sheet.resize((README_WIDTH, round(sheet.height * README_WIDTH / sheet.width)), Image.LANCZOS)
+                small.save(workspace.ROOT / "docs" / README_PICTURES[scene], quality=85)
+            if given.serve:
+                _serve(server, WORKFLOW_NAMES[scene])
     except ServerError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _write(after: Image.Image) -> None:
-    OUTPUT.mkdir(exist_ok=True)
-    shutil.copyfile(workspace.BASE / "input" / ASTRONAUT, OUTPUT / "before.png")
-    before = Image.open(OUTPUT / "before.png").convert("RGB")
-    both = Image.new("RGB", (before.width + GAP + after.width, before.height), "white")
-    both.paste(before, (0, 0))
-    both.paste(after, (before.width + GAP, 0))
-    after.save(OUTPUT / "after.png")
-    both.save(OUTPUT / "side_by_side.png")
-
-
-def _serve(server: ComfyServer) -> None:
-    print(f"\nThe web page is open at {server.url} (templates: Luna Refinement). Ctrl+C ends it.")
+def _serve(server: ComfyServer, workflow: str) -> None:
+    print(f"\nThe web page is open at {server.url}: open “{workflow}” in its Workflows side bar. Ctrl+C ends it.")
     try:
         server.wait()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Writes the small models and the demo's pictures: make_models.py <ComfyUI folder> <ComfyUI base directory>."""
+"""Writes small models and pictures: make_models.py <ComfyUI folder> <ComfyUI base directory> <family of models>."""
 
 import os
 import sys
@@ -13,6 +13,7 @@ sys.path.append(str(workspace.ROOT))  # last: ComfyUI has a module ``nodes`` of 
 
 def main() -> None:
     comfyui, base = (Path(argument).resolve() for argument in sys.argv[1:3])
+    family = sys.argv[3]
     sys.argv = sys.argv[:1]
     os.environ["COMFYUI_PATH"] = str(comfyui)
     workspace.import_comfyui()
@@ -21,7 +22,7 @@ def main() -> None:
     from builders.pictures import write_pictures
 
     start = time.perf_counter()
-    write_models(base / "models")
+    write_models(base / "models", family)
     write_pictures(base / "input")
     print(f"[set-up] models made in {time.perf_counter() - start:.0f} s")
 

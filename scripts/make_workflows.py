@@ -3,6 +3,8 @@
 make_workflows.py                      every workflow, with a picture from a run on the small models (minutes)
 make_workflows.py --no-pictures NAME   only the canvas form of one workflow
 
+The demo's workflows in ``demo`` are written too; they need no pictures.
+
 ComfyUI's own web page builds the canvas form, so that it is what a user would have saved. Needs Chromium.
 """
 
@@ -20,6 +22,7 @@ from typing import Any
 import workspace
 
 sys.path.insert(0, str(workspace.ROOT / "tests"))
+sys.path.append(str(workspace.ROOT))  # last: ComfyUI has a module ``nodes`` of its own
 
 from builders.browser import BrowserError
 from builders.graphs import WORKFLOWS, Graph, workflow
@@ -28,6 +31,8 @@ from builders.pictures import painted_astronaut
 from builders.server import ComfyServer, Run, ServerError
 from PIL import Image
 from workflow_notes import DOWNLOADS, NOTES
+
+from training.scenes import FOLDER as DEMO
 
 Box = tuple[float, float, float, float]
 
@@ -64,6 +69,7 @@ PLACES = {
     "LunaSAM3Loader": Place(1, "Models", (360, 60)),
     "LunaPrepUpscale": Place(2, "Size", (360, 130)),
     "LunaDetectionsFromMasks": Place(2, "Regions", (360, 110)),
+    "LunaDetectionsFromBoxes": Place(2, "Regions", (360, 300)),
     "LunaSAM3Detect": Place(2, "Regions", (360, 200)),
     "LunaDetectionsFilter": Place(2, "Regions", (360, 230)),
     "CLIPTextEncode": Place(2, "Prompts", (360, 110)),
@@ -171,7 +177,7 @@ def canvas_form(page: ComfyPage, name: str, graph: Graph) -> dict[str, Any]:
     if page.overlapping():
         raise LayoutError(f"{name}: nodes lie on one another: {page.overlapping()}")
     if page.prompt() != graph:
-        raise LayoutError(f"{name}: the web page reads the workflow otherwise than workflows/api/{name}.json")
+        raise LayoutError(f"{name}: the web page reads the workflow otherwise than api/{name}.json")
     return _stable(page.serialised(), name)
 
 
@@ -226,12 +232,18 @@ def _panel(server: ComfyServer, graph: Graph, run: Run, panel: str) -> Image.Ima
 def _write_canvas_forms(server: ComfyServer, names: Sequence[str], with_pictures: bool) -> None:
     with ComfyPage(server) as page:
         for name in names:
-            graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+            folder = _folder(name)
+            graph = json.loads((folder / "api" / f"{name}.json").read_text(encoding="utf-8"))
             text = json.dumps(canvas_form(page, name, graph), indent=2, ensure_ascii=False) + "\n"
-            (WORKFLOWS / f"{name}.json").write_text(text, encoding="utf-8")
-            print(f"workflows/{name}.json", flush=True)
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+            print(f"{folder.name}/{name}.json", flush=True)
             if with_pictures and name in CLOSE_UPS:
                 _save(page.close_up(CLOSE_UPS[name]).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS), name)
+
+
+def _folder(name: str) -> Path:
+    """Where a workflow belongs: those of the demo name models that only the demo has, and are no templates."""
+    return DEMO if (DEMO / "api" / f"{name}.json").is_file() else WORKFLOWS
 
 
 def _save(picture: Image.Image, name: str) -> None:
@@ -241,10 +253,10 @@ def _save(picture: Image.Image, name: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write the bundled workflows in canvas form, and their pictures.")
-    parser.add_argument("names", nargs="*", help="workflows to write (default: all of workflows/api)")
+    parser.add_argument("names", nargs="*", help="workflows to write (default: all)")
     parser.add_argument("--no-pictures", action="store_true", help="leave the pictures as they are")
     arguments = parser.parse_args()
-    names = arguments.names or sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+    names = arguments.names or [path.stem for folder in (WORKFLOWS, DEMO) for path in sorted(folder.glob("api/*.json"))]
     try:
         with (
             tempfile.TemporaryDirectory(prefix="luna-base-") as folder,
@@ -252,7 +264,7 @@ def main() -> int:
         ):
             _write_canvas_forms(server, names, not arguments.no_pictures)
             for name in () if arguments.no_pictures else names:
-                if name not in CLOSE_UPS:
+                if name in PANELS:
                     _save(picture(server, name), name)
     except (BrowserError, ServerError, LayoutError) as error:
         print(error, file=sys.stderr)

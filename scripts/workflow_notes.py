@@ -44,6 +44,12 @@ _PAINT = """\
 refined one by one.
 """
 
+_DEMO_MODELS = """\
+## Models
+Three small files that the set-up of the demo makes from weights trained on drawn faces. They know nothing else: for \
+your own pictures take the templates of this pack.
+"""
+
 NOTES = {
     "semantic_detailer": f"""\
 # Semantic Detailer
@@ -91,5 +97,21 @@ what is refined already and changes it less (`refined_strength`).
 Out of memory: set `chunk_size` of both refiners to 4, the result stays the same.
 
 {_MODELS}""",
+    "faces": f"""\
+# Nine faces
+**Run** brings nine small, noisy, JPEG-compressed faces back, all in one sampling call. Each is anchored by its own \
+IP-Adapter embedding: **What happened** shows every crop before and after.
+
+To see what the anchors do, set `ip_adapter_weight` to 0 and run again: nine strangers. `denoise` says how much may \
+change.
+
+{_DEMO_MODELS}""",
+    "crowd": f"""\
+# A crowd, in tiles
+**Run** refines the whole picture in overlapping tiles: first the even tiles of a chess pattern in one sampling call, \
+then the odd ones, which see what became of their neighbours. Each tile is anchored by its own picture; **Tile plan** \
+shows the tiles.
+
+{_DEMO_MODELS}""",
 }
 """Markdown of the note in each workflow."""

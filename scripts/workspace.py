@@ -22,6 +22,7 @@ BASE = CACHE / "base"  # ComfyUI's base directory: models, input, output, custom
 PACK = "luna_refinement"
 PYTHON_VERSIONS = ((3, 10), (3, 13))  # first and last
 ENVIRONMENT_BYTES = 8 * 2**30
+FAMILIES = ("faces", "synthetic")  # of small models: those of the demo first
 NEEDED_BYTES = ENVIRONMENT_BYTES + 6 * 2**30  # with the releases, the models and what the tests write
 
 
@@ -115,8 +116,8 @@ def front_end_path(release: ComfyRelease) -> Path:
     return CACHE / "comfyui" / f"{release.version}-packages"
 
 
-def set_up(with_older_comfyui: bool = False) -> Path:
-    """Brings the whole workspace up to date and returns its Python."""
+def set_up(with_older_comfyui: bool = False, families: Sequence[str] = FAMILIES) -> Path:
+    """Brings the workspace up to date, with these families of small models, and returns its Python."""
     environment = shared_environment()
     _make_venv(environment, NEEDED_BYTES)
     if os.environ.get("COMFYUI_PATH"):
@@ -126,7 +127,7 @@ def set_up(with_older_comfyui: bool = False) -> Path:
     if with_older_comfyui:
         _unpack_comfyui(environment, RELEASES[1])
         _install_front_end(environment, RELEASES[1])
-    return _finish(environment)
+    return _finish(environment, families)
 
 
 def set_up_host(comfyui: Path) -> Path:
@@ -137,11 +138,12 @@ def set_up_host(comfyui: Path) -> Path:
     return _finish(environment)
 
 
-def _finish(environment: Environment) -> Path:
+def _finish(environment: Environment, families: Sequence[str] = FAMILIES) -> Path:
     """What every environment needs besides its ComfyUI."""
     _install_requirements(environment)
     make_base(BASE)
-    _make_models(environment)
+    for family in families:
+        _make_models(environment, family)
     return environment.python
 
 
@@ -322,18 +324,20 @@ def _has_torch(environment: Environment) -> bool:
     return subprocess.run([str(environment.python), "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def _make_models(environment: Environment) -> None:
-    """Small models and pictures; made anew when the code that builds them changes."""
+def _make_models(environment: Environment, family: str) -> None:
+    """Small models and pictures; made anew when what they are made of changes."""
     builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets", "pictures")
     sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "tests" / "builders" / f"{name}.py" for name in builders]
-    sources += [ROOT / "training" / name for name in ("family.py", "widen.py", "weights/faces.safetensors")]
-    stamp = BASE / "models" / "luna_models.sha256"
+    training = ("scenes.py", "family.py", "widen.py", "networks.py", "weights.py", "weights/faces.safetensors")
+    sources += [ROOT / "training" / name for name in training if family == "faces"]
+    stamp = BASE / "models" / f"luna_{family}.sha256"
     digest = _digest(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
     if _reads(stamp, digest):
         return
-    _say(f"small models in {BASE / 'models'}")
+    _say(f"small models ({family}) in {BASE / 'models'}")
+    script = str(ROOT / "scripts" / "make_models.py")
     _run(
-        [str(environment.python), str(ROOT / "scripts" / "make_models.py"), str(environment.comfyui), str(BASE)],
+        [str(environment.python), script, str(environment.comfyui), str(BASE), family],
         "could not make the small models: the error is above; they need about 2 GiB of disk and 3 GiB of memory",
     )
     stamp.write_text(digest, encoding="utf-8")

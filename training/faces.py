@@ -89,6 +89,11 @@ def draw(text: str) -> Image.Image | None:
     return picture.crop(box)
 
 
+def font_file() -> str | None:
+    """Path of the font, None where it is not installed."""
+    return next((path for path in (os.environ.get("LUNA_EMOJI_FONT"), *FONTS) if path and Path(path).is_file()), None)
+
+
 @lru_cache
 def _split() -> tuple[list[Kind], list[Kind]]:
     learnt: list[Kind] = []
@@ -118,10 +123,10 @@ def _kinds(group: str, sequences: Iterable[tuple[str, ...]]) -> list[Kind]:
 
 @lru_cache
 def _font() -> ImageFont.FreeTypeFont:
-    for path in (os.environ.get("LUNA_EMOJI_FONT"), *FONTS):
-        if path and Path(path).is_file():
-            return ImageFont.truetype(path, FONT_PX, layout_engine=ImageFont.Layout.RAQM)
-    raise FileNotFoundError(
-        "the font NotoColorEmoji.ttf is missing: install the package fonts-noto-color-emoji, "
-        "or set LUNA_EMOJI_FONT to the file"
-    )
+    path = font_file()
+    if path is None:
+        raise FileNotFoundError(
+            "the font NotoColorEmoji.ttf is missing: install the package fonts-noto-color-emoji, "
+            "or set LUNA_EMOJI_FONT to the file"
+        )
+    return ImageFont.truetype(path, FONT_PX, layout_engine=ImageFont.Layout.RAQM)

@@ -26,7 +26,7 @@ from builders.seeding import StateDict, to_half
 from builders.vae import build_vae
 from safetensors.torch import save_file
 
-from training import family
+from training import family as faces_family
 
 CLIP_VISION_HIDDEN, CLIP_VISION_EMBED = 1024, 768  # ViT-L: width of the hidden states, width of the image embeds
 
@@ -40,7 +40,9 @@ def _sd15_checkpoint() -> StateDict:
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
-BUILDERS: dict[str, Callable[[], StateDict]] = {
+Builders = dict[str, Callable[[], StateDict]]
+
+_SYNTHETIC: Builders = {
     SD15_CHECKPOINT: _sd15_checkpoint,
     SDXL_UNET: lambda: denoiser.build_unet(denoiser.SDXL_CONFIG, "sdxl"),
     SDXL_VAE: lambda: build_vae(comfy.latent_formats.SDXL.scale_factor),
@@ -49,15 +51,20 @@ BUILDERS: dict[str, Callable[[], StateDict]] = {
     SD15_PLAIN: lambda: ip_adapter_files.build_plain("sd15", CLIP_VISION_EMBED, denoiser.CHANNELS),
     SDXL_PLUS: lambda: ip_adapter_files.build_plus("sdxl", CLIP_VISION_HIDDEN, denoiser.CHANNELS),
     SDXL_PLAIN: lambda: ip_adapter_files.build_plain("sdxl", CLIP_VISION_EMBED, denoiser.CHANNELS),
-    FACES_CHECKPOINT: family.checkpoint,
-    FACES_CLIP_VISION: family.clip_vision,
-    FACES_PLUS: family.ip_adapter,
+}
+_FACES: Builders = {
+    FACES_CHECKPOINT: faces_family.checkpoint,
+    FACES_CLIP_VISION: faces_family.clip_vision,
+    FACES_PLUS: faces_family.ip_adapter,
 }
 
 
-def write_models(models_dir: Path) -> None:
-    """Writes every model file anew, float16, below ComfyUI's ``models`` folder; each appears whole or not at all."""
-    for relative, build in BUILDERS.items():
+FAMILIES = {"faces": _FACES, "synthetic": _SYNTHETIC}
+
+
+def write_models(models_dir: Path, family: str) -> None:
+    """Writes a family's files anew, float16, below ComfyUI's ``models`` folder; each appears whole or not at all."""
+    for relative, build in FAMILIES[family].items():
         path = models_dir / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

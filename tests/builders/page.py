@@ -108,6 +108,16 @@ class ComfyPage:
         self.browser.call("(workflow, name) => window.app.loadGraphData(workflow, true, true, name)", workflow, name)
         self.browser.evaluate("new Promise(done => setTimeout(done, 300))")  # pictures load, the view is fitted
 
+    def open_saved(self, name: str) -> None:
+        """Opens one of the user's own workflows by a click in the side bar, and waits until its graph is shown."""
+        self.browser.evaluate("window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.workflows')")
+        labels = "[...document.querySelectorAll('.comfyui-workflows-browse .node-label')]"
+        named = f"{labels}.filter(label => label.textContent.trim() === {json.dumps(name)})"
+        self.browser.wait_for(f"{named}.length", 20)
+        self.browser.evaluate(f"{named}[0].click()")
+        self.browser.wait_for(f"window.store('workflow').activeWorkflow?.filename === {json.dumps(name)}", 20)
+        self.browser.evaluate("new Promise(done => setTimeout(done, 300))")  # pictures load, the view is fitted
+
     def serialised(self) -> dict[str, Any]:
         """The graph in canvas form."""
         return dict(self.browser.evaluate("window.app.graph.serialize()"))

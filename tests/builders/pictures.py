@@ -1,10 +1,12 @@
-"""Real photographs that ship inside Python packages, as files for ComfyUI's input folder."""
+"""Pictures for ComfyUI's input folder: photographs that ship inside Python packages, and what the demo starts from."""
 
 from pathlib import Path
 
 import skimage.data
 from builders.assets import ASTRONAUT, PAINTED_ASTRONAUT
 from PIL import Image, ImageDraw
+
+from training.scenes import SCENES
 
 REGIONS = {
     "face": (180, 68, 272, 194),
@@ -35,3 +37,5 @@ def write_pictures(input_dir: Path) -> None:
     input_dir.mkdir(parents=True, exist_ok=True)
     astronaut().save(input_dir / ASTRONAUT)
     painted_astronaut().save(input_dir / PAINTED_ASTRONAUT)
+    for scene in SCENES:
+        scene.degraded().save(input_dir / scene.input_name)

@@ -19,7 +19,8 @@ from training.pool import Pool
 
 ROWS = 16
 LATENT_SIDE = SIDE // 8
-SIDES = (12, 6)  # of the UNet's levels with attention
+SIDES = (12, 6, 6, 6, 6, 12, 12)
+"""Of the latents at each cross-attention, in the order they run: input, middle, output."""
 HINT_HEADS, HINT_OF_PLACES, HINT_OF_CONTENT = 4, 0.06, 0.25  # heads that get hints of places, weights of the losses
 LAST_TIMESTEP = 900
 """A refinement at denoise 0.8 starts near timestep 800; pictures out of pure noise are not asked for."""
@@ -88,7 +89,7 @@ def train(folder: Path, until: int | None = None) -> Trainer:
     sigmas: Any = ModelSamplingDiscrete().sigmas
     alphas = sigmas.square().add(1).reciprocal()  # cumulative, [1000]
     nothing = torch.zeros(1, 3, 224, 224)
-    readers = Readers(len(model.keys))
+    readers = Readers()
     trainer = Trainer("unet", {"unet": model.unet, "prompt": model.prompt, "readers": readers}, SCHEDULE, folder)
 
     def loss_at(step: int) -> Tensor:
@@ -124,12 +125,10 @@ class Readers(torch.nn.Module):
     before the UNet has learnt what either is good for.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.of_tokens = _reader(TOKEN_WIDTH, math.isqrt(TOKENS))
-        self.of_layers = torch.nn.ModuleList(
-            torch.nn.ModuleDict({str(side): _reader(UNET_WIDTH, side) for side in SIDES}) for _ in range(layers)
-        )
+        self.of_layers = torch.nn.ModuleList(_reader(UNET_WIDTH, side) for side in SIDES)
 
     def forward(self, latents: Tensor, found: list[Tensor]) -> Tensor:
         """Mean square of what cannot be read, [N]: of the tokens plus the mean of the layers.
@@ -138,14 +137,12 @@ class Readers(torch.nn.Module):
             latents: [N,4,24,24], sharp.
             found: the tokens [N,64,96], then each layer's [N,s*s,64].
         """
-        tokens, *layers = found
-        errors = []
-        for readers, taken in zip(self.of_layers, layers, strict=True):
-            side = math.isqrt(taken.shape[1])
-            read: Any = readers
-            errors.append((read[str(side)](taken) - _by_place(latents, side)).square().mean((1, 2)))
-        of_tokens = (self.of_tokens(tokens) - _by_place(latents, math.isqrt(TOKENS))).square().mean((1, 2))
-        return of_tokens + torch.stack(errors).mean(0)
+        readers = [self.of_tokens, *self.of_layers]
+        errors = [
+            (read(taken) - _by_place(latents, math.isqrt(taken.shape[1]))).square().mean((1, 2))
+            for read, taken in zip(readers, found, strict=True)
+        ]
+        return errors[0] + torch.stack(errors[1:]).mean(0)
 
 
 def _reader(width: int, side: int) -> torch.nn.Linear:

@@ -48,7 +48,7 @@ def write(folder: Path, path: Path = WEIGHTS) -> None:
 
     vae = train_unet.trained_vae(folder)
     model = train_unet.Anchored()
-    modules = {"unet": model.unet, "prompt": model.prompt, "readers": train_unet.Readers(len(model.keys))}
+    modules = {"unet": model.unet, "prompt": model.prompt, "readers": train_unet.Readers()}
     trainer = Trainer("unet", modules, train_unet.SCHEDULE, folder)
     trainer.use_mean()
     parts = {"vae": vae, "unet": model.unet, "prompt": model.prompt}

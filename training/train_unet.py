@@ -25,7 +25,7 @@ HINT_HEADS, HINT_OF_PLACES, HINT_OF_CONTENT = 4, 0.06, 0.25  # heads that get hi
 LAST_TIMESTEP = 900
 """A refinement at denoise 0.8 starts near timestep 800; pictures out of pure noise are not asked for."""
 WITHOUT_ANCHOR, WEAK_ANCHOR, EMPTY_ANCHOR = 0.15, 0.15, 0.04  # shares of the rows
-SCHEDULE = Schedule(steps=3000, learning_rate=1.2e-3, warm_up=50, ema=0.997)
+SCHEDULE = Schedule(steps=6600, learning_rate=1.2e-3, warm_up=50, ema=0.997)
 
 
 class Anchored(torch.nn.Module):

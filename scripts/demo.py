@@ -4,7 +4,8 @@ demo.py            nine faces by the Semantic Detailer, all in one sampling call
 demo.py --chess    a larger picture by the Chess Refiner, in two
 demo.py --serve    leaves the web page open, with the workflow in its side bar
 
-Before, after, the truth and all three side by side go to demo_output, the Chess Refiner's to demo_output/chess.
+Before, after, the truth, all three side by side and close-ups of the faces go to demo_output, the Chess Refiner's to
+demo_output/chess.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from training.scenes import CROWD, FACES, Box, Scene
 
 OUTPUT = workspace.ROOT / "demo_output"
 README_PICTURES = {FACES: "demo.jpg", CROWD: "demo_chess.jpg"}
-README_WIDTH = 1500  # px
 GAP, LABEL = 8, 40  # px between the pictures of the side-by-side, and of the labels above them
+COLUMNS, CELL, NAMES, AROUND = 9, 152, 90, 10  # close-ups: how many; px of each, of their names, around a face
 
 
 class ProgressLine:
@@ -102,8 +103,23 @@ def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
     return sheet
 
 
+def close_ups(pictures: dict[str, Image.Image], scene: Scene) -> Image.Image:
+    """The first faces of the pictures, enlarged: a row for each picture, a column for each face."""
+    faces = scene.faces[:COLUMNS]
+    sheet = Image.new("RGB", (NAMES + len(faces) * CELL, len(pictures) * CELL), "white")
+    font = ImageFont.load_default(0.6 * LABEL)
+    for row, (name, picture) in enumerate(pictures.items()):
+        ImageDraw.Draw(sheet).text((NAMES // 2, row * CELL + CELL // 2), name, "black", font, anchor="mm")
+        for column, face in enumerate(faces):
+            x1, y1, x2, y2 = face.box
+            part = (x1 - AROUND, y1 - AROUND, x2 + AROUND, y2 + AROUND)
+            cell = picture.resize((CELL - GAP // 2, CELL - GAP // 2), Image.Resampling.LANCZOS, part)
+            sheet.paste(cell, (NAMES + column * CELL, row * CELL))
+    return sheet
+
+
 def demonstrate(server: ComfyServer, scene: Scene, folder: Path) -> Image.Image:
-    """Runs the scene's graph, prints what came of it, writes the pictures and returns all of them side by side."""
+    """Runs the scene's graph, prints what came of it, writes the pictures and returns the close-ups."""
     graph = demo_graph(scene)
     titles = {key: node["_meta"]["title"] for key, node in graph.items()}
     print(f"Queueing demo/api/{scene.name}.json on {server.url}", end="")
@@ -116,11 +132,11 @@ def demonstrate(server: ComfyServer, scene: Scene, folder: Path) -> Image.Image:
     print(f"{run.seconds:.0f} s from queue to picture\n")
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"before": before, "after": after, "truth": scene.truth()}
-    sheet = side_by_side(pictures)
-    for name, picture in {**pictures, "side_by_side": sheet}.items():
+    sheets = {"side_by_side": side_by_side(pictures), "close_ups": close_ups(pictures, scene)}
+    for name, picture in (pictures | sheets).items():
         picture.save(folder / f"{name}.png")
         print(f"  {folder / f'{name}.png'}")
-    return sheet
+    return sheets["close_ups"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,8 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ComfyServer(workspace.comfyui_path(), workspace.BASE, given.port) as server:
             sheet = demonstrate(server, scene, folder)
             if given.readme:
-                small = sheet.resize((README_WIDTH, round(sheet.height * README_WIDTH / sheet.width)), Image.LANCZOS)
-                small.save(workspace.ROOT / "docs" / README_PICTURES[scene], quality=85)
+                sheet.save(workspace.ROOT / "docs" / README_PICTURES[scene], quality=88)
             if given.serve:
                 _serve(server, WORKFLOW_NAMES[scene])
     except ServerError as error:

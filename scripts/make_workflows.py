@@ -1,9 +1,9 @@
 """Writes the bundled workflows in canvas form, and their pictures, from the API graphs in ``workflows/api``.
 
-make_workflows.py                      every workflow, with a picture from a run on the small models (minutes)
+make_workflows.py                      every workflow, with a picture from a run on the trained models (minutes)
 make_workflows.py --no-pictures NAME   only the canvas form of one workflow
 
-The demo's workflows in ``demo`` are written too; they need no pictures.
+The demo's workflows in ``demo`` are written too; that of the faces gives ``docs/graph.jpg``.
 
 ComfyUI's own web page builds the canvas form, so that it is what a user would have saved. Needs Chromium.
 """
@@ -24,14 +24,15 @@ import workspace
 sys.path.insert(0, str(workspace.ROOT / "tests"))
 sys.path.append(str(workspace.ROOT))  # last: ComfyUI has a module ``nodes`` of its own
 
+from builders.assets import PAINTED_FACES
 from builders.browser import BrowserError
-from builders.graphs import WORKFLOWS, Graph, workflow
+from builders.graphs import TRAINED_FILES, WORKFLOWS, Graph, node_id, workflow
 from builders.page import ComfyPage, fresh_base
-from builders.pictures import painted_astronaut
-from builders.server import ComfyServer, Run, ServerError
+from builders.server import ComfyServer, ServerError
 from PIL import Image
 from workflow_notes import DOWNLOADS, NOTES
 
+from training.scenes import FACES
 from training.scenes import FOLDER as DEMO
 
 Box = tuple[float, float, float, float]
@@ -189,44 +190,54 @@ def _stable(serialised: dict[str, Any], name: str) -> dict[str, Any]:
     return stable
 
 
-PAINTED = "painted"
-PANELS = {
-    "semantic_detailer": (PAINTED, "Refined picture"),
-    "chess_refiner": ("Tile plan", "Refined picture"),
-    "full_pipeline": (PAINTED, "Tile plan", "Refined picture"),
+SHOWN = ("semantic_detailer", "chess_refiner", "full_pipeline")
+"""Workflows whose picture is a part of the demo's faces before and after a run on the trained models."""
+
+PART = (404, 70, 576, 414)
+"""x1, y1, x2, y2 px of the scene: three of its faces."""
+
+TRAINED = {
+    "cfg": 1.0,
+    "steps": 5,
+    "denoise": 0.45,
+    "crop_size": 192,
+    "target_size": 768,
+    "tile_size": 192,
+    "ip_adapter_weight": 1.0,
 }
-"""What a workflow's picture shows, left to right: the painted input, or the first picture of the node so titled."""
+"""Settings that suit those models."""
 
 CLOSE_UPS = {"sam3_face_detailer": "Regions"}
 """Workflows whose models have no small stand-in: the picture shows this group of the graph instead of a run."""
 
+GRAPH_PICTURE = (3000, 1500)  # px
+GRAPH_GROUPS = ("Picture", "Models", "Regions", "Prompts", "Refine regions", "Result", "What happened")
 THUMBNAIL = 400  # px, both sides
-CENTRE = 0.4  # of the width: where the person stands on the photograph
+BETWEEN = 4  # px between before and after
 
 
 def picture(server: ComfyServer, name: str) -> Image.Image:
-    """Runs the workflow on the small models and puts upright strips of what it shows side by side."""
-    graph = workflow(name, steps=2, denoise=0.2, target_size=1024, crop_size=512, tile_size=256)
+    """Runs the workflow on the trained models: before on the left, after on the right."""
+    graph = workflow(name, PAINTED_FACES, TRAINED_FILES, **TRAINED)
     run = server.run(graph)
-    panels = [_panel(server, graph, run, panel) for panel in PANELS[name]]
+    after = server.image(run.outputs[node_id(graph, "SaveImage")]["images"][0])
     sheet = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
-    gap = 4
-    width = (THUMBNAIL - gap * (len(panels) - 1)) // len(panels)
-    for index, panel in enumerate(panels):
-        strip = round(panel.height * width / THUMBNAIL)
-        left = min(max(0, round(CENTRE * panel.width - strip / 2)), panel.width - strip)
-        cut = panel.crop((left, 0, left + strip, panel.height))
-        sheet.paste(cut.resize((width, THUMBNAIL), Image.Resampling.LANCZOS), (index * (width + gap), 0))
+    width = (THUMBNAIL - BETWEEN) // 2
+    for place, shown in enumerate((FACES.degraded(), after)):
+        whole = shown.convert("RGB").resize(FACES.size, Image.Resampling.LANCZOS)
+        part = whole.resize((width, THUMBNAIL), Image.Resampling.LANCZOS, PART)
+        sheet.paste(part, (place * (width + BETWEEN), 0))
     return sheet
 
 
-def _panel(server: ComfyServer, graph: Graph, run: Run, panel: str) -> Image.Image:
-    if panel == PAINTED:
-        painted = painted_astronaut()
-        tint = Image.blend(painted.convert("RGB"), Image.new("RGB", painted.size, "#e05090"), 0.5)
-        return Image.composite(painted.convert("RGB"), tint, painted.getchannel("A"))
-    (key,) = (key for key, node in graph.items() if node["_meta"]["title"] == panel)
-    return server.image(run.outputs[key]["images"][0])
+def graph_picture(server: ComfyServer) -> Image.Image:
+    """The demo's graph on the web page after a run, large enough to read, at half its size."""
+    width, height = GRAPH_PICTURE
+    with ComfyPage(server, width + 100, height + 200) as page:
+        page.load(json.loads((DEMO / f"{FACES.name}.json").read_text(encoding="utf-8")), FACES.name)
+        page.queue()
+        shown = page.close_up(*GRAPH_GROUPS, width=width, height=height)
+    return shown.resize((width // 2, height // 2), Image.Resampling.LANCZOS)
 
 
 def _write_canvas_forms(server: ComfyServer, names: Sequence[str], with_pictures: bool) -> None:
@@ -264,8 +275,10 @@ def main() -> int:
         ):
             _write_canvas_forms(server, names, not arguments.no_pictures)
             for name in () if arguments.no_pictures else names:
-                if name in PANELS:
+                if name in SHOWN:
                     _save(picture(server, name), name)
+                if name == FACES.name:
+                    graph_picture(server).save(workspace.ROOT / "docs" / "graph.jpg", quality=85)
     except (BrowserError, ServerError, LayoutError) as error:
         print(error, file=sys.stderr)
         return 1

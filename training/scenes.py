@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo"
 FACE_PX = 112  # refined at 192 px with some room around it, which is what the models have learnt
-SHRINK = 4.5  # how many times smaller the degraded picture once was
+SHRINK = 5.3  # how many times smaller the degraded picture once was
 QUALITY = 93  # of the shipped JPEG files
 
 Box = tuple[int, int, int, int]
@@ -117,9 +117,9 @@ _RING = {
     "tiger": "\U0001f42f",
     "sunglasses": "\U0001f60e",
     "person": "\U0001f9d1\U0001f3fe",
-    "dragon": "\U0001f432",
+    "eyebrow": "\U0001f928",
     "tears of joy": "\U0001f602",
-    "robot": "\U0001f916",
+    "hamster": "\U0001f439",
     "baby": "\U0001f476\U0001f3fd",
     "angry": "\U0001f621",
 }

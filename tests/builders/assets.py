@@ -10,6 +10,7 @@ SDXL_PLUS = "ipadapter/luna_demo_plus_sdxl.safetensors"
 SDXL_PLAIN = "ipadapter/luna_demo_plain_sdxl.safetensors"
 
 # The trained family: small networks that have learnt drawn faces, see training/README.md.
+PAINTED_FACES = "luna_faces_painted.png"
 FACES_CHECKPOINT = "checkpoints/luna_faces_sd15.safetensors"
 FACES_CLIP_VISION = "clip_vision/luna_faces_vit_l.safetensors"
 FACES_PLUS = "ipadapter/luna_faces_plus_sd15.safetensors"

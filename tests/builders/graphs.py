@@ -11,10 +11,16 @@ Graph = dict[str, dict[str, Any]]
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
-_SMALL_FILES = {
+_Files = dict[tuple[str, str], str]
+SMALL_FILES: _Files = {
     ("CheckpointLoaderSimple", "ckpt_name"): assets.SD15_CHECKPOINT,
     ("CLIPVisionLoader", "clip_name"): assets.CLIP_VISION,
     ("LunaIPAdapterLoader", "ip_adapter_file"): assets.SD15_PLUS,
+}
+TRAINED_FILES: _Files = {
+    ("CheckpointLoaderSimple", "ckpt_name"): assets.FACES_CHECKPOINT,
+    ("CLIPVisionLoader", "clip_name"): assets.FACES_CLIP_VISION,
+    ("LunaIPAdapterLoader", "ip_adapter_file"): assets.FACES_PLUS,
 }
 _SMALL_WORK = {
     "target_size": 256,
@@ -27,20 +33,21 @@ _SMALL_WORK = {
 }
 
 
-def workflow(name: str, picture: str = assets.PAINTED_ASTRONAUT, **settings: Any) -> Graph:
+def workflow(name: str, picture: str = assets.PAINTED_ASTRONAUT, files: _Files = SMALL_FILES, **settings: Any) -> Graph:
     """A bundled workflow that this machine can run in seconds.
 
     Args:
         name: of the file in ``workflows/api`` without suffix.
         picture: file in ComfyUI's input folder for the workflow's Load Image.
+        files: of the models, by class and input of what loads them.
         settings: inputs of Luna's nodes, wherever a node has one of that name, over small defaults.
     """
     graph: Graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in graph.values():
         inputs = node["inputs"]
         for key in inputs:
-            if (node["class_type"], key) in _SMALL_FILES:
-                inputs[key] = _SMALL_FILES[node["class_type"], key].split("/", 1)[1]
+            if (node["class_type"], key) in files:
+                inputs[key] = files[node["class_type"], key].split("/", 1)[1]
         if node["class_type"] == "LoadImage":
             inputs["image"] = picture
         inputs.update({key: value for key, value in (_SMALL_WORK | settings).items() if key in inputs})

@@ -112,7 +112,8 @@ class ComfyPage:
         """Opens one of the user's own workflows by a click in the side bar, and waits until its graph is shown."""
         self.browser.evaluate("window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.workflows')")
         labels = "[...document.querySelectorAll('.comfyui-workflows-browse .node-label')]"
-        named = f"{labels}.filter(label => label.textContent.trim() === {json.dumps(name)})"
+        names = json.dumps([name, f"{name}.json"])  # the page shows either
+        named = f"{labels}.filter(label => {names}.includes(label.textContent.trim()))"
         self.browser.wait_for(f"{named}.length", 20)
         self.browser.evaluate(f"{named}[0].click()")
         self.browser.wait_for(f"window.store('workflow').activeWorkflow?.filename === {json.dumps(name)}", 20)
@@ -204,26 +205,31 @@ class ComfyPage:
         script = f"window.app.graph.getNodeById({int(node_id)}).imgs.map(p => [p.naturalWidth, p.naturalHeight])"
         return [(width, height) for width, height in self.browser.evaluate(script)]
 
-    def close_up(self, title: str, size: int = 800) -> Image.Image:
-        """A square picture of the graph around a group, without the page's menus."""
-        left, top = (self.browser.size[0] - size) // 2, (self.browser.size[1] - size) - 10
+    def close_up(self, *titles: str, width: int = 800, height: int = 800) -> Image.Image:
+        """A picture of the graph around groups, without the page's menus."""
+        left, top = (self.browser.size[0] - width) // 2, (self.browser.size[1] - height) - 10
         self.browser.call(
-            """(title, left, top, size) => {
+            """(titles, left, top, width, height) => {
                 const { canvas, graph } = window.app
-                const { pos: [x, y], size: [width, height] } = graph.groups.find(group => group.title === title)
                 const { ds, canvas: { offsetLeft, offsetTop } } = canvas
-                ds.scale = size / (Math.max(width, height) + 40)
-                ds.offset[0] = (left + size / 2 - offsetLeft) / ds.scale - (x + width / 2)
-                ds.offset[1] = (top + size / 2 - offsetTop) / ds.scale - (y + height / 2)
+                const groups = graph.groups.filter(group => titles.includes(group.title))
+                const x1 = Math.min(...groups.map(({ pos }) => pos[0]))
+                const y1 = Math.min(...groups.map(({ pos }) => pos[1]))
+                const x2 = Math.max(...groups.map(({ pos, size }) => pos[0] + size[0]))
+                const y2 = Math.max(...groups.map(({ pos, size }) => pos[1] + size[1]))
+                ds.scale = Math.min(width / (x2 - x1 + 40), height / (y2 - y1 + 40))
+                ds.offset[0] = (left + width / 2 - offsetLeft) / ds.scale - (x1 + x2) / 2
+                ds.offset[1] = (top + height / 2 - offsetTop) / ds.scale - (y1 + y2) / 2
                 canvas.setDirty(true, true)
                 return new Promise(done => setTimeout(done, 500))
             }""",
-            title,
+            titles,
             left,
             top,
-            size,
+            width,
+            height,
         )
-        return self.browser.screenshot().crop((left, top, left + size, top + size))
+        return self.browser.screenshot().crop((left, top, left + width, top + height))
 
     def help_page(self, node_type: str) -> str:
         """The HTML that the page's own help panel shows for a kind of node; raises BrowserError where it finds none."""

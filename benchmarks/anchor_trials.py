@@ -68,7 +68,7 @@ class Trials:
         "mask_latent": False,
     }
 
-    def __init__(self, steps: int = 8) -> None:
+    def __init__(self, steps: int = 6) -> None:
         self.steps = steps
         self.folder = Path(mkdtemp())
 
@@ -80,13 +80,21 @@ class Trials:
     def contexts(self) -> Tensor:
         return texts.contexts(self.folder)
 
-    def refine(self, group: Group, mode: Mode, weight: float, denoise: float) -> Tensor:
-        """[9,192,192,3]: every picture of the group is one region, one row of one batch."""
+    def refine(self, group: Group, mode: Mode | RowEmbeds, weight: float, denoise: float) -> Tensor:
+        """[9,192,192,3]: every picture of the group is one region, one row of one batch.
+
+        Args:
+            group: whose degraded pictures are refined.
+            mode: which embedding anchors which row, or the embeddings themselves.
+            weight: of the anchors.
+            denoise: 0..1.
+        """
         models = self.models
         anchor = {"ip_adapter": models.adapter, "clip_vision": models.clip_vision, "ip_adapter_weight": weight}
         model = models.model
-        if mode in ("average", "broadcast"):
-            model = patch_model(model, models.adapter, self._shared(group, mode), weight=weight)
+        embeds = self._shared(group, mode) if mode in ("average", "broadcast") else mode
+        if isinstance(embeds, RowEmbeds):
+            model = patch_model(model, models.adapter, embeds, weight=weight)
         prompt = [[self.contexts[group.number % len(self.contexts)][None], {}]]
         side = group.truth.shape[1]
         found = Detections(
@@ -108,7 +116,7 @@ class Trials:
         with torch.inference_mode():
             return LunaSemanticDetailer.execute(group.degraded, found, **settings).result[0]
 
-    def _shared(self, group: Group, mode: Mode) -> RowEmbeds:
+    def _shared(self, group: Group, mode: Mode | RowEmbeds) -> RowEmbeds:
         """The same embedding for every row: the mean of all, or that of the first picture."""
         own = encode_rows(self.models.adapter, self.models.clip_vision, group.degraded)
         one = own.cond.mean(0, keepdim=True) if mode == "average" else own.cond[:1]

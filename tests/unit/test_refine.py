@@ -70,6 +70,24 @@ def test_a_later_pass_takes_its_colours_from_the_input_picture(color_match: str)
     assert refined[inner].mean() == pytest.approx(float(image[inner].mean()), abs=0.06)
 
 
+def test_colours_are_matched_by_what_is_pasted_alone() -> None:
+    """What the model makes of the context around a mask does not count."""
+    image = photograph()
+    mask = torch.zeros(64, 64)
+    mask[:, :32] = 1
+    found = PlainDetection(box=(40.0, 30.0, 104.0, 94.0), mask=mask)
+    plan = plan_detections([found], 256, 240, 1, CropSettings(crop_size=64, padding=0.0, feather_px=0), seed=5)
+
+    def change(row: int, latent: torch.Tensor) -> torch.Tensor:
+        changed = latent * 0.5
+        changed[..., 4:] = 1  # white beside the mask
+        return changed
+
+    inside = (0, slice(30, 94), slice(40, 72))
+    refined = refine(image, plan, ExactEngine(change), PasteSettings(color_match="mean_std")).image
+    assert refined[inside].mean((0, 1)) == pytest.approx(image[inside].mean((0, 1)), abs=0.01)
+
+
 def test_input_picture_is_not_modified() -> None:
     image = photograph()
     before = image.clone()

@@ -183,6 +183,25 @@ def test_each_row_gets_its_part_of_the_control_hint(sd15: Studio) -> None:
     assert torch.isfinite(refined(half_size)).all()
 
 
+def test_each_row_gets_its_part_of_every_hint_of_a_chain(sd15: Studio) -> None:
+    image = photograph()
+    found = detections(image, [LEFT, RIGHT])
+    hint = torch.rand((1, 3, 512, 512), generator=torch.Generator().manual_seed(6))
+    changed = hint.clone()
+    changed[..., 60:140, 380:460] = 0  # over the right region
+
+    def refined(first: torch.Tensor) -> torch.Tensor:
+        control = control_net().copy().set_cond_hint(hint, 1.0, (0.0, 1.0))
+        control.set_previous_controlnet(control_net().copy().set_cond_hint(first, 1.0, (0.0, 1.0)))
+        fields = {"control": control, "control_apply_to_uncond": True}
+        prompts = {name: with_fields(text(name), **fields) for name in ("positive", "negative")}
+        return sd15.detail(image, found, **prompts)[3]
+
+    before, after = refined(hint), refined(changed)
+    assert difference(before[0], after[0]) == 0
+    assert difference(before[1], after[1]) > 10 * BOUND
+
+
 def test_a_graph_of_everything_keeps_rows_apart(sd15: Studio) -> None:
     """Two chained ControlNets in parts of the schedule, an area, a mask, a part in time and a longer text."""
     image = photograph()

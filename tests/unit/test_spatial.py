@@ -139,6 +139,17 @@ def test_an_area_fades_over_eight_latent_px_and_not_at_the_pictures_edge() -> No
     assert guidance.weight({"area": (64, 64, 0, 0)}, whole, (64, 64)) is None
 
 
+def test_an_area_and_a_mask_act_where_both_are() -> None:
+    (whole,) = regions((0, (0.0, 0.0, 512.0, 512.0)))
+    guidance = PictureGuidance(SIDE, SIDE, 1, CELL)
+    top = torch.zeros(1, 64, 64)
+    top[:, :32] = 1
+    weight = guidance.weight({"area": (64, 32, 0, 0), "mask": top}, whole, (64, 64))  # the left half, the upper half
+    assert weight is not None
+    assert weight[4, 4] == 1
+    assert weight[4, 60] == weight[60, 4] == 0
+
+
 @pytest.mark.parametrize("key", ["concat_latent_image", "concat_image", "noise_concat", "lq_latent"])
 def test_planes_go_to_the_rows_of_their_pictures(key: str) -> None:
     rows = regions((1, LEFT), (0, RIGHT), count=2)

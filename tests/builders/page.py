@@ -200,9 +200,10 @@ class ComfyPage:
 
     def shown_pictures(self, node_id: str) -> list[tuple[int, int]]:
         """Width and height in px of the pictures that a node of the shown graph displays, once they are loaded."""
-        condition = f"window.app.graph.getNodeById({int(node_id)}).imgs?.every(picture => picture.complete)"
-        self.browser.wait_for(condition, 20)
-        script = f"window.app.graph.getNodeById({int(node_id)}).imgs.map(p => [p.naturalWidth, p.naturalHeight])"
+        node = f"window.app.graph.getNodeById({int(node_id)})"
+        self.browser.evaluate(f"window.app.canvas.centerOnNode({node})")  # the page loads pictures of what is in view
+        self.browser.wait_for(f"{node}.imgs?.every(picture => picture.complete)", 60)
+        script = f"{node}.imgs.map(p => [p.naturalWidth, p.naturalHeight])"
         return [(width, height) for width, height in self.browser.evaluate(script)]
 
     def close_up(self, *titles: str, width: int = 800, height: int = 800) -> Image.Image:

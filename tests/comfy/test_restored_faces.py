@@ -138,7 +138,7 @@ def chess(trials: Trials) -> Callable[[TileSettings, int], Tensor]:
 
 
 def test_sampled_tiles_in_chess_order_show_no_seams(chess: Callable[[TileSettings, int], Tensor]) -> None:
-    """By the measure of ``builders.seams``; the worst border is no worse than where there are no tiles."""
+    """By ``builders.seams``; the worst of all borders varies by about 0.1 even where there are no tiles."""
     images = torch.stack([square_photograph(name, LARGE) for name in SHOWN])
     overlapping, apart, whole = TileSettings(SIDE, 0.125), TileSettings(SIDE, 0, feather=0), TileSettings(LARGE)
     control = chess(whole, 100)
@@ -146,7 +146,8 @@ def test_sampled_tiles_in_chess_order_show_no_seams(chess: Callable[[TileSetting
     def seams(tiles: TileSettings, lines: TileSettings) -> Seams:
         return measure_seams(images, chess(tiles, 0), control, plan_tiles(LARGE, LARGE, 1, lines, seed=0))
 
-    found, without_tiles = seams(overlapping, overlapping), seams(whole, overlapping)
+    found, none, side_by_side = seams(overlapping, overlapping), seams(whole, overlapping), seams(apart, apart)
     assert 0.9 <= found.mean <= 1.03
-    assert found.worst <= without_tiles.worst + 0.05
-    assert seams(apart, apart).mean > 1.5
+    assert found.worst <= none.worst + 0.2
+    assert side_by_side.mean > 1.5
+    assert side_by_side.worst > none.worst + 0.5

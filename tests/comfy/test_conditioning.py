@@ -269,6 +269,19 @@ def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
     assert "gligen" not in entry[1]
 
 
+def test_a_gligen_box_keeps_its_place_and_shape_in_the_row(sd15: Studio) -> None:
+    from luna_refinement.batching.conditioning import Row, RowConditioning
+    from luna_refinement.batching.plan import CropSettings, plan_detections
+
+    found = (Detection(0, (128.0, 128.0, 256.0, 256.0)),)
+    plan = plan_detections(found, 512, 512, 1, CropSettings(128, 0.0, 0), seed=0)
+    gligen = ("position", object(), [(torch.zeros(1, 768), 2, 6, 20, 18)])  # 8 px units: 16 x 48 px at y 160, x 144
+    row = Row(plan.regions[0], {"positive": with_fields(text("a"), gligen=gligen), "negative": text("b")})
+    (entry,) = RowConditioning(512, 512, 1, cell=8).for_rows([row], (16, 16))["positive"]
+    (box,) = entry[1]["gligen"][2]
+    assert box[1:] == pytest.approx((2, 6, 4, 2))  # height, width, y, x in latent px of the crop
+
+
 def test_reference_latents_of_the_picture_are_cut_and_others_kept(sd15: Studio) -> None:
     from luna_refinement.batching.conditioning import Row, RowConditioning
     from luna_refinement.batching.plan import CropSettings, plan_detections

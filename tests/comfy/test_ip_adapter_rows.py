@@ -266,11 +266,10 @@ def test_a_mask_of_zeros_is_no_anchor_and_of_ones_is_none_at_all() -> None:
     model, given = tiny.unet("sd15"), prompts("sd15")
     bare = sample(plain_guider(model, given))
     everywhere = sample(plain_guider(anchored(model), given))
-    masks = torch.stack([torch.zeros(64, 64), torch.ones(64, 64), torch.zeros(64, 64)])
+    masks = torch.stack([torch.zeros(64, 64), torch.zeros(64, 64), torch.ones(64, 64)])
     result = sample(plain_guider(anchored(model, row_masks=masks), given))
-    assert torch.equal(result[0], bare[0])
-    assert change(result[1], everywhere[1]) <= BOUND
-    assert torch.equal(result[2], bare[2])
+    assert torch.equal(result[:2], bare[:2])
+    assert change(result[2], everywhere[2]) <= BOUND
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (12, 20), (9, 7)])

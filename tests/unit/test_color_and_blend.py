@@ -36,6 +36,14 @@ def test_color_match_removes_most_of_a_colour_shift(method: str) -> None:
     assert after < before / 8
 
 
+def test_mean_std_gives_back_the_contrast() -> None:
+    image, weights = photograph(), disc()
+    inside = weights > 0
+    matched = match_color(shifted(image), image, weights, "mean_std")
+    assert shifted(image)[inside].std(0).max() < 0.9 * image[inside].std(0).max()
+    assert torch.allclose(matched[inside].std(0), image[inside].std(0), rtol=0.02)
+
+
 @pytest.mark.parametrize("method", ["mean_std", "wavelet"])
 def test_color_match_reads_nothing_outside_the_mask(method: str) -> None:
     image, weights = photograph(), disc()

@@ -92,9 +92,10 @@ class Trials:
         models = self.models
         anchor = {"ip_adapter": models.adapter, "clip_vision": models.clip_vision, "ip_adapter_weight": weight}
         model = models.model
-        embeds = self._shared(group, mode) if mode in ("average", "broadcast") else mode
-        if isinstance(embeds, RowEmbeds):
-            model = patch_model(model, models.adapter, embeds, weight=weight)
+        if mode in ("average", "broadcast"):
+            mode = self._shared(group, averaged=mode == "average")
+        if isinstance(mode, RowEmbeds):
+            model = patch_model(model, models.adapter, mode, weight=weight)
         prompt = [[self.contexts[group.number % len(self.contexts)][None], {}]]
         side = group.truth.shape[1]
         found = Detections(
@@ -116,10 +117,10 @@ class Trials:
         with torch.inference_mode():
             return LunaSemanticDetailer.execute(group.degraded, found, **settings).result[0]
 
-    def _shared(self, group: Group, mode: Mode | RowEmbeds) -> RowEmbeds:
+    def _shared(self, group: Group, averaged: bool) -> RowEmbeds:
         """The same embedding for every row: the mean of all, or that of the first picture."""
         own = encode_rows(self.models.adapter, self.models.clip_vision, group.degraded)
-        one = own.cond.mean(0, keepdim=True) if mode == "average" else own.cond[:1]
+        one = own.cond.mean(0, keepdim=True) if averaged else own.cond[:1]
         return RowEmbeds(one.expand(len(own), -1, -1).contiguous(), own.uncond, own.projection)
 
 
@@ -140,12 +141,17 @@ class Score:
     itself: float
 
 
+def distances(results: Tensor, truth: Tensor) -> Tensor:
+    """Mean square of what each of [N,H,W,3] results differs by from each original, [N,N]."""
+    return (results[:, None] - truth[None]).square().mean((2, 3, 4))
+
+
 def scores(results: Tensor, truth: Tensor) -> list[Score]:
     """Scores of [N,H,W,3] pictures against their originals."""
-    distances = (results[:, None] - truth[None]).square().mean((2, 3, 4))  # [N,N]
+    apart = distances(results, truth)
     return [
         Score(
-            psnr=float(-10 * distances[k, k].log10()),
+            psnr=float(-10 * apart[k, k].log10()),
             ssim=float(
                 structural_similarity(
                     results[k].numpy(), truth[k].numpy(), channel_axis=-1, data_range=1.0, gaussian_weights=True,
@@ -153,7 +159,7 @@ def scores(results: Tensor, truth: Tensor) -> list[Score]:
                 )
             ),
             edges=_edge_correlation(results[k], truth[k]),
-            itself=float(distances[k].argmin() == k),
+            itself=float(apart[k].argmin() == k),
         )
         for k in range(len(results))
     ]  # fmt: skip

@@ -35,7 +35,7 @@ def run(results: Path) -> Report:
         found = _measure(workers, [_Task(number, False, full) for number in range(GROUPS)])
         found_alike = _measure(workers, [_Task(number, True, full) for number in range(GROUPS)])
         weights = _measure(workers, [_Task(number, False, less) for number in range(GROUPS_WEIGHTS)])
-    trials, first, first_alike = Trials(), make_group(0), make_group(0, alike=True)
+    trials, first, first_alike = _trials(), make_group(0), make_group(0, alike=True)
     tables = (
         _table("Full weight, every face on a background of its own", found),
         _table("Full weight, all nine at one place on one background: only the face tells them apart", found_alike),

@@ -67,6 +67,12 @@ def likeness(picture: Image.Image, truth: Image.Image, box: Box | None = None) -
     return Likeness(float(structural_similarity(a, b, channel_axis=-1)), float(peak_signal_noise_ratio(a, b)))
 
 
+def likenesses(picture: Image.Image, scene: Scene) -> list[Likeness]:
+    """Of each face of the scene."""
+    truth = scene.truth()
+    return [likeness(picture, truth, face.box) for face in scene.faces]
+
+
 REFINERS = {FACES: "LunaSemanticDetailer", CROWD: "LunaChessRefiner"}
 
 
@@ -82,11 +88,12 @@ def report(scene: Scene, before: Image.Image, after: Image.Image) -> str:
     """A table of every face's likeness before and after, and their means."""
     truth = scene.truth()
     lines = [f"  {'':14}{'SSIM':^18}{'PSNR in dB':^20}"]
-    rows = [(face.name, *(likeness(picture, truth, face.box) for picture in (before, after))) for face in scene.faces]
+    starts, ends = likenesses(before, scene), likenesses(after, scene)
+    rows = list(zip([face.name for face in scene.faces], starts, ends, strict=True))
     for name, a, b in [*rows, ("whole picture", likeness(before, truth), likeness(after, truth))]:
         lines.append(f"  {name:14}{a.ssim:7.3f} → {b.ssim:.3f}  {a.psnr:8.1f} → {b.psnr:.1f}")
     better = sum(b.ssim > a.ssim for _, a, b in rows)
-    mean = [float(np.mean([row[place].ssim for row in rows])) for place in (1, 2)]
+    mean = [float(np.mean([found.ssim for found in all_faces])) for all_faces in (starts, ends)]
     lines.append(f"\n  {better} of {len(rows)} faces are nearer to the truth; mean SSIM {mean[0]:.3f} → {mean[1]:.3f}")
     return "\n".join(lines)
 
@@ -111,9 +118,8 @@ def close_ups(pictures: dict[str, Image.Image], scene: Scene) -> Image.Image:
     for row, (name, picture) in enumerate(pictures.items()):
         ImageDraw.Draw(sheet).text((NAMES // 2, row * CELL + CELL // 2), name, "black", font, anchor="mm")
         for column, face in enumerate(faces):
-            x1, y1, x2, y2 = face.box
-            part = (x1 - AROUND, y1 - AROUND, x2 + AROUND, y2 + AROUND)
-            cell = picture.resize((CELL - GAP // 2, CELL - GAP // 2), Image.Resampling.LANCZOS, part)
+            size = (CELL - GAP // 2, CELL - GAP // 2)
+            cell = picture.resize(size, Image.Resampling.LANCZOS, face.around(AROUND))
             sheet.paste(cell, (NAMES + column * CELL, row * CELL))
     return sheet
 

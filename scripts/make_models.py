@@ -1,4 +1,4 @@
-"""Writes small models and pictures: make_models.py <ComfyUI folder> <ComfyUI base directory> <family of models>."""
+"""Writes small models: make_models.py <ComfyUI folder> <ComfyUI base directory> <family of models>."""
 
 import os
 import sys
@@ -19,11 +19,9 @@ def main() -> None:
     workspace.import_comfyui()
     workspace.import_pack()
     from builders.model_files import write_models
-    from builders.pictures import write_pictures
 
     start = time.perf_counter()
     write_models(base / "models", family)
-    write_pictures(base / "input")
     print(f"[set-up] models made in {time.perf_counter() - start:.0f} s")
 
 

@@ -211,7 +211,6 @@ CLOSE_UPS = {"sam3_face_detailer": "Regions"}
 """Workflows whose models have no small stand-in: the picture shows this group of the graph instead of a run."""
 
 GRAPH_PICTURE = (3000, 1500)  # px
-GRAPH_GROUPS = ("Picture", "Models", "Regions", "Prompts", "Refine regions", "Result", "What happened")
 THUMBNAIL = 400  # px, both sides
 BETWEEN = 4  # px between before and after
 
@@ -236,7 +235,7 @@ def graph_picture(server: ComfyServer) -> Image.Image:
     with ComfyPage(server, width + 100, height + 200) as page:
         page.load(json.loads((DEMO / f"{FACES.name}.json").read_text(encoding="utf-8")), FACES.name)
         page.queue()
-        shown = page.close_up(*GRAPH_GROUPS, width=width, height=height)
+        shown = page.close_up(*{place.group for place in PLACES.values()}, width=width, height=height)
     return shown.resize((width // 2, height // 2), Image.Resampling.LANCZOS)
 
 

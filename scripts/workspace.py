@@ -325,10 +325,10 @@ def _has_torch(environment: Environment) -> bool:
 
 
 def _make_models(environment: Environment, family: str) -> None:
-    """Small models and pictures; made anew when what they are made of changes."""
-    builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets", "pictures")
+    """Small models; made anew when what they are made of changes."""
+    builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets")
     sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "tests" / "builders" / f"{name}.py" for name in builders]
-    training = ("scenes.py", "family.py", "widen.py", "networks.py", "weights.py", "weights/faces.safetensors")
+    training = ("family.py", "widen.py", "networks.py", "weights.py", "weights/faces.safetensors")
     sources += [ROOT / "training" / name for name in training if family == "faces"]
     stamp = BASE / "models" / f"luna_{family}.sha256"
     digest = _digest(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)

@@ -39,8 +39,12 @@ class Face:
     @property
     def box(self) -> Box:
         """x1, y1, x2, y2 px."""
-        x, y = (place - FACE_PX // 2 for place in self.centre)
-        return x, y, x + FACE_PX, y + FACE_PX
+        return self.around(0)
+
+    def around(self, px: int) -> Box:
+        """The square with so many px on each side of it."""
+        (x, y), reach = self.centre, FACE_PX // 2 + px
+        return x - reach, y - reach, x + reach, y + reach
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class ComfyPage:
     def load(self, workflow: dict[str, Any], name: str) -> None:
         """Loads a workflow in canvas form the way the page opens a template."""
         self.browser.call("(workflow, name) => window.app.loadGraphData(workflow, true, true, name)", workflow, name)
-        self.browser.evaluate("new Promise(done => setTimeout(done, 300))")  # pictures load, the view is fitted
+        self._settle()
 
     def open_saved(self, name: str) -> None:
         """Opens one of the user's own workflows by a click in the side bar, and waits until its graph is shown."""
@@ -117,7 +117,11 @@ class ComfyPage:
         self.browser.wait_for(f"{named}.length", 20)
         self.browser.evaluate(f"{named}[0].click()")
         self.browser.wait_for(f"window.store('workflow').activeWorkflow?.filename === {json.dumps(name)}", 20)
-        self.browser.evaluate("new Promise(done => setTimeout(done, 300))")  # pictures load, the view is fitted
+        self._settle()
+
+    def _settle(self) -> None:
+        """Waits while pictures of a new graph load and the view is fitted to it."""
+        self.browser.evaluate("new Promise(done => setTimeout(done, 300))")
 
     def serialised(self) -> dict[str, Any]:
         """The graph in canvas form."""

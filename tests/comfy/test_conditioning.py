@@ -269,19 +269,6 @@ def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
     assert "gligen" not in entry[1]
 
 
-def test_a_gligen_box_keeps_its_place_and_shape_in_the_row(sd15: Studio) -> None:
-    from luna_refinement.batching.conditioning import Row, RowConditioning
-    from luna_refinement.batching.plan import CropSettings, plan_detections
-
-    found = (Detection(0, (128.0, 128.0, 256.0, 256.0)),)
-    plan = plan_detections(found, 512, 512, 1, CropSettings(128, 0.0, 0), seed=0)
-    gligen = ("position", object(), [(torch.zeros(1, 768), 2, 6, 20, 18)])  # 8 px units: 16 x 48 px at y 160, x 144
-    row = Row(plan.regions[0], {"positive": with_fields(text("a"), gligen=gligen), "negative": text("b")})
-    (entry,) = RowConditioning(512, 512, 1, cell=8).for_rows([row], (16, 16))["positive"]
-    (box,) = entry[1]["gligen"][2]
-    assert box[1:] == pytest.approx((2, 6, 4, 2))  # height, width, y, x in latent px of the crop
-
-
 def test_reference_latents_of_the_picture_are_cut_and_others_kept(sd15: Studio) -> None:
     from luna_refinement.batching.conditioning import Row, RowConditioning
     from luna_refinement.batching.plan import CropSettings, plan_detections
@@ -297,21 +284,3 @@ def test_reference_latents_of_the_picture_are_cut_and_others_kept(sd15: Studio) 
     assert cut.shape == (2, 4, 10, 10)
     assert cut[0].mean() == pytest.approx((LEFT[0] + LEFT[2]) / 16 - 0.5, abs=1)
     assert cut[1].mean() == pytest.approx((RIGHT[0] + RIGHT[2]) / 16 - 0.5, abs=1)
-
-
-def test_reference_latents_of_a_batch_go_to_the_rows_of_their_pictures() -> None:
-    """Those of the pictures themselves, cut, and those of other pictures, whole."""
-    from luna_refinement.batching.conditioning import Row, RowConditioning
-    from luna_refinement.batching.plan import CropSettings, plan_detections
-
-    found = (Detection(0, LEFT), Detection(1, LEFT), Detection(1, RIGHT))
-    plan = plan_detections(found, 512, 512, 2, CropSettings(80, 0.0, 0), seed=0)
-    own = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 4, 64, 64)
-    other = torch.tensor([3.0, 4.0]).view(2, 1, 1, 1).expand(2, 4, 20, 30)
-    shared = {"positive": with_fields(text("a"), reference_latents=[own, other])}
-    rows = [Row(region, shared) for region in plan.regions]
-    (entry,) = RowConditioning(512, 512, 2, cell=8).for_rows(rows, (10, 10))["positive"]
-    cut, whole = entry[1]["reference_latents"]
-    assert cut.mean((1, 2, 3)).tolist() == [1.0, 2.0, 2.0]
-    assert whole.shape[1:] == other.shape[1:]
-    assert whole.mean((1, 2, 3)).tolist() == [3.0, 4.0, 4.0]

@@ -55,15 +55,8 @@ def start(scene: Scene) -> Tensor:
 def gain(scene: Scene, image: Tensor, score: Callable[[demo.Likeness], float]) -> float:
     """How much nearer to the truth the faces are on average than at the start."""
     after = Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8))
-    before, truth = scene.degraded(), scene.truth()
-    return float(
-        np.mean(
-            [
-                score(demo.likeness(after, truth, face.box)) - score(demo.likeness(before, truth, face.box))
-                for face in scene.faces
-            ]
-        )
-    )
+    ends, starts = demo.likenesses(after, scene), demo.likenesses(scene.degraded(), scene)
+    return float(np.mean([score(end) - score(start) for end, start in zip(ends, starts, strict=True)]))
 
 
 def refine_faces(models: dict[str, Any], **settings: Any) -> Tensor:

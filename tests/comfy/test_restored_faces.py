@@ -9,23 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.demo import face_crops
 from builders.photographs import PHOTOGRAPHS, square_photograph
 from builders.seams import Seams, measure_seams
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.ip_adapter import RowEmbeds
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
 from luna_refinement.nodes.chess import LunaChessRefiner
-from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from anchor_trials import FACES, Group, Mode, Score, Trials, scores
+from anchor_trials import FACES, Group, Mode, Score, Trials, distances, scores
 
-from training.pictures import SIDE, to_tensor
-from training.scenes import SCENES, Box
+from training.pictures import SIDE
+from training.scenes import SCENES
 
-AROUND = 14  # px around a face
 TIGER, TEARS = 1, 5  # rows of the first scene
 LARGE = 3 * SIDE
 SHOWN = PHOTOGRAPHS[:2]
@@ -33,19 +32,12 @@ STRONG = 0.8
 """Denoise at which little is left of what a row starts from."""
 
 
-def _crops(picture: Image.Image, boxes: Sequence[Box]) -> Tensor:
-    """[N,192,192,3]"""
-    parts = [picture.crop((x1 - AROUND, y1 - AROUND, x2 + AROUND, y2 + AROUND)) for x1, y1, x2, y2 in boxes]
-    return to_tensor([part.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for part in parts]).movedim(1, -1)
-
-
 @pytest.fixture(scope="module")
 def groups() -> list[Group]:
     """The first nine faces of each scene."""
-    boxes = {scene: [face.box for face in scene.faces[:FACES]] for scene in SCENES}
     return [
-        Group(_crops(scene.truth(), parts), _crops(scene.degraded(), parts), number)
-        for number, (scene, parts) in enumerate(boxes.items())
+        Group(face_crops(scene.truth(), scene.faces[:FACES]), face_crops(scene.degraded(), scene.faces[:FACES]), number)
+        for number, scene in enumerate(SCENES)
     ]
 
 
@@ -92,15 +84,11 @@ def test_swapping_two_embeddings_swaps_identities_and_nothing_else(trials: Trial
     order[TIGER], order[TEARS] = TEARS, TIGER
     swapped = RowEmbeds(own.cond[order], own.uncond, own.projection)
     before, after = (trials.refine(same, embeds, 1.0, STRONG) for embeds in (own, swapped))
-    assert [_nearest(before, group.truth)[row] for row in (TIGER, TEARS)] == [TIGER, TEARS]
-    assert [_nearest(after, group.truth)[row] for row in (TIGER, TEARS)] == [TEARS, TIGER]
+    swap = [TIGER, TEARS]
+    assert distances(before, group.truth)[swap].argmin(1).tolist() == [TIGER, TEARS]
+    assert distances(after, group.truth)[swap].argmin(1).tolist() == [TEARS, TIGER]
     others = [row for row in range(FACES) if row not in (TIGER, TEARS)]
     assert torch.equal(before[others], after[others])
-
-
-def _nearest(results: Tensor, truth: Tensor) -> list[int]:
-    """Whose original each result is nearest to."""
-    return (results[:, None] - truth[None]).square().mean((2, 3, 4)).argmin(1).tolist()
 
 
 @pytest.fixture(scope="module")

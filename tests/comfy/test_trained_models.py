@@ -7,13 +7,15 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from builders.demo import face_crops
 from builders.seeding import StateDict
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
 from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, patch_model
 from torch import Tensor
 
-from training import family, pictures
+from training import family
 from training.family import Narrow, narrow
+from training.scenes import FACES
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def wide() -> Narrow:
 
 
 def _pictures(count: int) -> Tensor:
-    return pictures.to_tensor([pictures.pair(number)[1] for number in range(count)]).movedim(1, -1)
+    return face_crops(FACES.degraded(), FACES.faces[:count])
 
 
 def _random(*shape: int) -> Tensor:

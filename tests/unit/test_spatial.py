@@ -59,6 +59,13 @@ def test_each_row_reads_the_reference_of_its_own_picture() -> None:
     assert middles(cut) == pytest.approx([1064, 416], abs=0.5)
 
 
+def test_a_gligen_box_keeps_its_place_and_shape_in_the_row() -> None:
+    (region,) = regions((0, (128.0, 128.0, 256.0, 256.0)))
+    gligen = ("position", object(), [(torch.zeros(1, 768), 2, 6, 20, 18)])  # 8 px units: 16 x 48 px at y 160, x 144
+    (box,) = PictureGuidance(SIDE, SIDE, 1, CELL).boxes(gligen, region, (16, 16))[2]
+    assert box[1:] == pytest.approx((2, 6, 4, 2))  # height, width, y, x in latent px of the crop
+
+
 def test_references_of_other_pictures_stay_whole_and_go_to_their_rows() -> None:
     one, two = torch.rand(1, 4, 20, 30), torch.rand(2, 4, 20, 30)
     kept, picked = cut_references([one, two], regions((1, LEFT), (0, RIGHT), count=2), count=2)

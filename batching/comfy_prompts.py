@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import LunaInputError
 from ..ip_adapter.layers import attention_layers
 from .concepts import Concept
-from .conditioning import Conditioning
+from .rows import Conditioning
 
 _ADVICE = "encode it with the CLIP that belongs to this model"
 _TEXT_LAYERS = ("txt_in", "context_embedder")

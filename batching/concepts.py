@@ -1,6 +1,5 @@
 """What is different for detections of one kind: prompt, anchor, denoise or LoRA by the label of the detection."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ class Concept:
         positive, negative: ComfyUI conditioning.
         ip_adapter_weight: strength of the anchor.
         denoise: 0..1.
-        lora: applied to the model for these rows.
+        loras: added to the model for these rows, in this order.
         image: [1,H,W,C], the anchor instead of the crop itself.
     """
 
@@ -38,7 +37,7 @@ class Concept:
     negative: list[Any] | None = None
     ip_adapter_weight: float | None = None
     denoise: float | None = None
-    lora: Lora | None = None
+    loras: tuple[Lora, ...] = ()
     image: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -53,14 +52,3 @@ class Concept:
 
     def matches(self, label: str) -> bool:
         return fits(label, self.patterns)
-
-
-def denoise_of(label: str, concepts: Sequence[Concept], denoise: float | None) -> float | None:
-    """The denoise of a detection: that of its concept, or else the refiner's ``denoise``."""
-    concept = concept_for(label, concepts)
-    return denoise if concept is None or concept.denoise is None else concept.denoise
-
-
-def concept_for(label: str, concepts: Sequence[Concept]) -> Concept | None:
-    """The first concept that matches a detection's label."""
-    return next((concept for concept in concepts if concept.matches(label)), None)

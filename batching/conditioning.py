@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,26 +9,11 @@ from torch import Tensor
 
 from .kinds import KINDS, Batch, Place, check_texts, kind_of, of_each_row
 from .plan import Region
+from .rows import Conditioning, Row
 from .spatial import PictureGuidance
-
-Conditioning = dict[str, list[Any]]
-"""ComfyUI conditioning by the guider's own names: lists of [text, fields]."""
 
 _LONGEST_REPEAT = 4
 """Texts are repeated to a common length up to this factor, as ComfyUI's sampler does; beyond it rows are grouped."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a batch and what it is conditioned by.
-
-    Attributes:
-        region: the row.
-        conditioning: whole-picture conditioning; rows may share one.
-    """
-
-    region: Region
-    conditioning: Conditioning
 
 
 class RowConditioning:
@@ -63,23 +47,33 @@ class RowConditioning:
                     if key not in KINDS:
                         self._note(f"conditioning field '{key}' is unknown to Luna: every row gets it as it is")
 
-    def groups(self, rows: Sequence[Row], size: tuple[int, int]) -> list[list[int]]:
-        """Which rows can share a sampling call, as positions in ``rows``; as few groups as possible.
+    def structure(self, row: Row, size: tuple[int, int]) -> Hashable:
+        """What two rows must have in common to share a call: number of entries, and all that cannot differ by row.
 
         Args:
-            rows: in order.
-            size: (height, width) of their latents.
+            row: with its conditioning.
+            size: (height, width) of its latent.
         """
-        found: dict[Hashable, list[int]] = {}
-        for place, row in enumerate(rows):
-            found.setdefault(self._structure(row, size), []).append(place)
-        return list(found.values())
+        structure: list[Hashable] = []
+        batch = Batch([row.region], size, self._guidance)
+        for name, conds in sorted(row.conditioning.items()):
+            for text, fields in conds:
+                kinds = {key: kind_of(key, value) for key, value in sorted(fields.items())}
+                common = tuple(
+                    (key, kind.in_common(key, fields, batch))
+                    for key, kind in kinds.items()
+                    if not isinstance(kind, Place)
+                )
+                structure.append((name, _length_class(text), common))
+                if _draws_for_the_batch(fields):
+                    structure.append(row.region.row)
+        return tuple(structure)
 
     def for_rows(self, rows: Sequence[Row], size: tuple[int, int]) -> Conditioning:
-        """The conditioning of a batch whose rows share a group.
+        """The conditioning of a batch whose rows are of one structure.
 
         Args:
-            rows: of one group.
+            rows: which share a call.
             size: (height, width) of their latents.
         """
         batch = Batch([row.region for row in rows], size, self._guidance)
@@ -95,23 +89,6 @@ class RowConditioning:
                     entries.append(self._entry(own, weight, batch))
             made[name] = entries
         return made
-
-    def _structure(self, row: Row, size: tuple[int, int]) -> Hashable:
-        """What two rows must have in common to share a call: number of entries, and all that cannot differ by row."""
-        structure: list[Hashable] = []
-        batch = Batch([row.region], size, self._guidance)
-        for name, conds in sorted(row.conditioning.items()):
-            for text, fields in conds:
-                kinds = {key: kind_of(key, value) for key, value in sorted(fields.items())}
-                common = tuple(
-                    (key, kind.in_common(key, fields, batch))
-                    for key, kind in kinds.items()
-                    if not isinstance(kind, Place)
-                )
-                structure.append((name, _length_class(text), common))
-                if _draws_for_the_batch(fields):
-                    structure.append(row.region.row)
-        return tuple(structure)
 
     def _weights(self, conds: list[Any], region: Region, size: tuple[int, int]) -> list[Tensor | None]:
         """Where each entry acts in a row; a row that every entry misses keeps the first one everywhere."""

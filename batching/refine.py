@@ -1,36 +1,23 @@
 """The refinement itself: for each pass cut, anchor, encode, sample, decode and paste; the same for every refiner."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import groupby
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import LunaRuntimeError
+from ..ip_adapter import RowEmbeds
 from .blend import Blend, multiband
 from .color import ColorMatch, match_color
 from .crops import WINDOW_PX, cut, fit_into, paste, uncut
 from .geometry import Box
 from .plan import RefinePlan, Region
+from .rows import EncodedRow, Row
 
-log = logging.getLogger("luna")
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Regions of one working size, ready to be sampled.
-
-    Attributes:
-        regions: the rows.
-        latents: [N,c,h,w].
-        anchors: what the engine made of the crops to anchor the rows (image embeddings), or None.
-    """
-
-    regions: tuple[Region, ...]
-    latents: Tensor
-    anchors: object | None
+Item = TypeVar("Item")
 
 
 class Engine(Protocol):
@@ -41,20 +28,16 @@ class Engine(Protocol):
         """How many px of crops to hold at a time while encoding and decoding; one crop is held whatever its size."""
         ...
 
-    def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:
-        """Image embeddings of the regions' crops [n,H,W,3]; None when rows are not anchored."""
+    def anchor(self, rows: Sequence[Row], crops: Tensor) -> list[RowEmbeds | None]:
+        """One image embedding for each row with an anchor, made of its own picture or its crop [H,W,3] of [n,H,W,3]."""
         ...
 
-    def join_anchors(self, parts: Sequence[object | None]) -> object | None:
-        """The anchors of several batches of crops as one."""
+    def encode(self, rows: Sequence[Row], crops: Tensor, embeds: Sequence[RowEmbeds | None]) -> list[EncodedRow]:
+        """The rows with the latents of their crops [n,H,W,3], and their embeddings."""
         ...
 
-    def encode(self, crops: Tensor, regions: Sequence[Region]) -> Tensor:
-        """Latents [n,c,h,w] of the regions' crops [n,H,W,3]."""
-        ...
-
-    def sample(self, rows: EncodedRows) -> Tensor:
-        """Refined latents [N,c,h,w]."""
+    def sample(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
+        """The refined latent [c,h,w] of each row; rows are of one working size."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -94,6 +77,7 @@ class Refined:
 def refine(
     image: Tensor,
     plan: RefinePlan,
+    rows: Sequence[Row],
     engine: Engine,
     settings: PasteSettings = PasteSettings(),
     keep_crops: bool = False,
@@ -107,6 +91,7 @@ def refine(
     Args:
         image: [B,H,W,C] in 0..1, C 3 or 4 (alpha is kept as it is); not modified.
         plan: made for a batch of this size.
+        rows: one for each region of the plan, in order.
         engine: the models.
         settings: how crops are pasted.
         keep_crops: also return every crop before and after.
@@ -119,13 +104,13 @@ def refine(
     colours, original = canvas[..., :3], image[..., :3].cpu()
     mask = torch.zeros(canvas.shape[:3]) if keep_mask else None
     before, after = (crop_batch(plan) if keep_crops else None for _ in range(2))
-    for rows in plan.passes:
-        encoded = [_encode(batch, colours, original, engine, before) for batch in plan.batches(rows)]
+    for turn in plan.passes:
+        batches = [[rows[region.row] for region in batch] for batch in plan.batches(turn)]
+        encoded = [_encode(batch, colours, original, engine, before) for batch in batches]
         sampled: dict[int, Tensor] = {}
         for batch in encoded:
-            latents = engine.sample(batch)
-            sampled.update((region.row, latent) for region, latent in zip(batch.regions, latents, strict=True))
-        for region, picture in _decode(plan.paste_order(rows), sampled, engine):
+            sampled.update(zip((row.region.row for row in batch), engine.sample(batch), strict=True))
+        for region, picture in _decode(plan.paste_order(turn), sampled, engine):
             index = region.image_index
             _paste_back(
                 colours[index], original[index], None if mask is None else mask[index], picture, region, settings
@@ -157,43 +142,43 @@ def crop_batch(plan: RefinePlan) -> Tensor:
 
 
 def _encode(
-    regions: Sequence[Region], canvas: Tensor, original: Tensor, engine: Engine, before: Tensor | None
-) -> EncodedRows:
+    rows: Sequence[Row], canvas: Tensor, original: Tensor, engine: Engine, before: Tensor | None
+) -> list[EncodedRow]:
     """Anchors all crops first and encodes them after, so that each model is loaded once.
 
     Rows are anchored by the input picture, and encoded from the canvas as earlier passes left it; the crops that are
     encoded go into ``before``.
     """
-
-    def crops_of(part: Sequence[Region], images: Tensor) -> Tensor:
-        # planes in memory, as the resampling gives them and the VAE wants them
-        crops = torch.empty(len(part), images.shape[-1], *part[0].working_size).movedim(1, -1)
-        for crop, r in zip(crops, part, strict=True):
-            crop.copy_(cut(images[r.image_index].float(), r.crop, *r.working_size))
-        return crops
-
-    parts = list(_parts(regions, engine.px_per_batch))
-    anchors = engine.join_anchors([engine.anchor(crops_of(part, original), part) for part in parts])
-    latents = []
-    for part in parts:
-        crops = crops_of(part, canvas)
-        latents.append(engine.encode(crops, part))
+    size = rows[0].region.working_size
+    parts = list(_parts(rows, size, engine.px_per_batch))
+    embeds = [engine.anchor(part, _crops(part, original)) for part in parts]
+    encoded: list[EncodedRow] = []
+    for part, own in zip(parts, embeds, strict=True):
+        crops = _crops(part, canvas)
+        encoded += engine.encode(part, crops, own)
         if before is not None:
-            _keep(before, part, crops)
+            for row, crop in zip(part, crops, strict=True):
+                fit_into(before[row.region.row], crop)
         del crops  # or two batches of them would be held while the next is cut
-    return EncodedRows(tuple(regions), _finite(torch.cat(latents), "encoding the crops with vae"), anchors)
+    for row in encoded:
+        _finite(row.latent, "encoding the crops with vae")
+    return encoded
 
 
-def _keep(frames: Tensor, regions: Sequence[Region], crops: Tensor) -> None:
-    """Writes crops [n,h,w,3] to their rows of a batch [N,H,W,3]."""
-    for region, crop in zip(regions, crops, strict=True):
-        fit_into(frames[region.row], crop)
+def _crops(rows: Sequence[Row], images: Tensor) -> Tensor:
+    """[n,h,w,3] of rows of one working size, cut from [B,H,W,3]."""
+    # planes in memory, as the resampling gives them and the VAE wants them
+    crops = torch.empty(len(rows), images.shape[-1], *rows[0].region.working_size).movedim(1, -1)
+    for crop, row in zip(crops, rows, strict=True):
+        region = row.region
+        crop.copy_(cut(images[region.image_index].float(), region.crop, *region.working_size))
+    return crops
 
 
 def _decode(regions: Sequence[Region], sampled: dict[int, Tensor], engine: Engine) -> Iterator[tuple[Region, Tensor]]:
     """Decodes in paste order, a few rows of one size at a time."""
-    for same_size in _runs(regions):
-        for part in _parts(same_size, engine.px_per_batch):
+    for size, same_size in groupby(regions, key=lambda region: region.working_size):
+        for part in _parts(list(same_size), size, engine.px_per_batch):
             latents = _finite(torch.stack([sampled.pop(region.row) for region in part]), "sampling with model")
             yield from zip(part, _finite(engine.decode(latents), "decoding with vae"), strict=True)
 
@@ -224,23 +209,11 @@ def _paste_back(
             _mark(mask, window, weights)
 
 
-def _runs(regions: Sequence[Region]) -> Iterator[list[Region]]:
-    run: list[Region] = []
-    for region in regions:
-        if run and run[-1].working_size != region.working_size:
-            yield run
-            run = []
-        run.append(region)
-    if run:
-        yield run
-
-
-def _parts(regions: Sequence[Region], px: int) -> Iterator[Sequence[Region]]:
-    """Regions of one working size, as many at a time as fit into ``px``."""
-    height, width = regions[0].working_size
-    size = max(1, px // (height * width))
-    for start in range(0, len(regions), size):
-        yield regions[start : start + size]
+def _parts(items: Sequence[Item], size: tuple[int, int], px: int) -> Iterator[Sequence[Item]]:
+    """As many at a time of what is ``size`` (height, width) px as fit into ``px``."""
+    most = max(1, px // (size[0] * size[1]))
+    for start in range(0, len(items), most):
+        yield items[start : start + most]
 
 
 def _mark(mask: Tensor, window: Box, weights: Tensor) -> None:

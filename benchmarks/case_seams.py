@@ -7,13 +7,15 @@ from zlib import crc32
 import torch
 from bench_models import sd15_files
 from builders.engines import ExactEngine
+from builders.engines import refine as refine_bare
 from builders.photographs import PHOTOGRAPHS, square_photograph
 from builders.seams import Seams, disturbance, measure_seams
-from luna_refinement.batching.comfy_engine import ComfyEngine
-from luna_refinement.batching.comfy_sampling import SamplingSettings, ksampler_recipe
+from luna_refinement.batching.comfy_engine import ComfyEngine, rows_for
+from luna_refinement.batching.comfy_recipe import SamplingSettings, ksampler_recipe
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import refine
+from luna_refinement.batching.row_start import RowStart
 from PIL import Image
 from report import Report, Table
 from torch import Tensor
@@ -39,7 +41,7 @@ def pictures() -> Tensor:
 
 def made_up(image: Tensor, tiles: TileSettings, noise: str) -> Tensor:
     """[1,H,W,3] of one picture [1,H,W,3]."""
-    return refine(image, _plan(tiles, 0), ExactEngine(disturbance(noise))).image
+    return refine_bare(image, _plan(tiles, 0), ExactEngine(disturbance(noise))).image
 
 
 def sampled(image: Tensor, tiles: TileSettings, noise: str) -> Tensor:
@@ -50,7 +52,9 @@ def sampled(image: Tensor, tiles: TileSettings, noise: str) -> Tensor:
     recipe = ksampler_recipe(
         models.model, models.positive, models.negative, SamplingSettings(seed, STEPS, 1.0, "euler", "normal", 0.3)
     )
-    return refine(image, plan, ComfyEngine(recipe, models.vae, 0, None, plan)).image
+    rows = rows_for(plan, recipe, None)
+    engine = ComfyEngine(recipe, models.vae, plan, rows, RowStart(models.vae.spacial_compression_encode()))
+    return refine(image, plan, rows, engine).image
 
 
 def run(results: Path) -> Report:

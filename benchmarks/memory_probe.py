@@ -11,8 +11,6 @@ canvas, mask, kept crops, and whatever the refinement holds while it works.
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import setup
@@ -23,33 +21,24 @@ setup.workspace.import_pack()
 import torch
 import torch.nn.functional as F
 from builders.detections import PlainDetection
+from builders.engines import ExactEngine, refine
 from builders.seeding import generator_for
 from luna_refinement.batching.comfy_engine import ComfyEngine
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, RefinePlan, Region, plan_detections
-from luna_refinement.batching.refine import EncodedRows, refine
+from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
 from torch import Tensor
 
 REGIONS, CROP, CHUNK_ROWS = 30, 1024, 8
 
 
-@dataclass
-class BlockEngine:
+class BlockEngine(ExactEngine):
     """Latents are the means of 8x8 px blocks: 64 times smaller than the crops, as with a real VAE."""
 
-    px_per_batch: int = ComfyEngine.px_per_batch
+    def __init__(self) -> None:
+        super().__init__(px_per_batch=ComfyEngine.px_per_batch)
 
-    def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:
-        return None
-
-    def join_anchors(self, parts: Sequence[object | None]) -> object | None:
-        return None
-
-    def encode(self, crops: Tensor, regions: Sequence[Region]) -> Tensor:
+    def latents(self, crops: Tensor) -> Tensor:
         return torch.cat([F.avg_pool2d(crop.movedim(-1, 0)[None], 8) for crop in crops])  # one crop at a time
-
-    def sample(self, rows: EncodedRows) -> Tensor:
-        return rows.latents
 
     def decode(self, latents: Tensor) -> Tensor:
         return F.interpolate(latents, scale_factor=8, mode="nearest").movedim(1, -1)

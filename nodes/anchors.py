@@ -89,6 +89,6 @@ def choose_anchor(
         return None, ["model has no UNet cross-attention, so ip_adapter cannot act on it: text only, without anchors"]
     adapter = as_ip_adapter(ip_adapter)
     check_compatible(model, adapter, clip_vision)
-    if layer_weights is not None:
-        layer_weights.resolve(layers_for(model, adapter))
+    layer_weights = layer_weights or LayerWeights()
+    layer_weights.resolve(layers_for(model, adapter))
     return Anchor(adapter, clip_vision, weight, start_percent, end_percent, layer_weights), []

@@ -6,13 +6,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..batching.comfy_engine import ComfyEngine
+from ..batching.comfy_engine import ComfyEngine, rows_for
 from ..batching.comfy_prompts import check_prompts
-from ..batching.comfy_sampling import SamplingSettings, least_share
+from ..batching.comfy_recipe import SamplingSettings, least_share
 from ..batching.drawing import draw_plan
 from ..batching.grid import TileSettings, plan_tiles
 from ..batching.refine import PasteSettings, refine
 from ..batching.resting import without_px
+from ..batching.row_start import RowStart
 from ..batching.upscale import scale_image
 from ..errors import LunaInputError
 from ..sam3_bridge.from_masks import Picture, as_masks
@@ -167,20 +168,15 @@ class LunaChessRefiner(io.ComfyNode):
         anchor, warnings = choose_anchor(
             recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )
+        cell = vae.spacial_compression_encode()
         share = _denoise_share(refined_mask, refined_strength, image)
         if share is not None:
-            plan = without_px(plan, share, least_share(recipe), vae.spacial_compression_encode())
-        engine = ComfyEngine(
-            recipe,
-            vae,
-            chunk_size,
-            anchor,
-            plan,
-            noise_scaffold=check_scaffold(noise_scaffold, vae, image),
-            denoise_share=share,
-        )
+            plan = without_px(plan, share, least_share(recipe), cell)
+        rows = rows_for(plan, recipe, anchor)
+        start = RowStart(cell, noise_scaffold=check_scaffold(noise_scaffold, vae, image), denoise_share=share)
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size)
         warnings += range_notices(image)
-        refined = refine(image, plan, engine, PasteSettings(color_match=color_match), keep_mask=False)
+        refined = refine(image, plan, rows, engine, PasteSettings(color_match=color_match), keep_mask=False)
         warnings += engine.notices
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)
 

@@ -96,7 +96,7 @@ class LunaConcept(io.ComfyNode):
             negative,
             None if ip_adapter_weight <= _KEEP else ip_adapter_weight,
             None if denoise < 0 else denoise,
-            _load_lora(lora, strength),
+            () if (own := _load_lora(lora, strength)) is None else (own,),
             image,
         )
         return io.NodeOutput((*concepts, concept))

@@ -7,10 +7,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.blend import BLENDS
-from ..batching.comfy_engine import ComfyEngine
+from ..batching.comfy_engine import ComfyEngine, rows_for
 from ..batching.comfy_prompts import check_prompts
-from ..batching.comfy_sampling import SamplingSettings
-from ..batching.concepts import Concept, denoise_of
+from ..batching.comfy_recipe import SamplingSettings
+from ..batching.concepts import Concept
 from ..batching.crops import cut, fit_into
 from ..batching.plan import (
     AUTO_SIZES,
@@ -24,6 +24,7 @@ from ..batching.plan import (
 )
 from ..batching.refine import PasteSettings, crop_batch, refine
 from ..batching.resting import without_rows
+from ..batching.row_start import RowStart
 from .anchors import anchor_inputs, choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
 from .refiner_inputs import (
@@ -171,38 +172,31 @@ class LunaSemanticDetailer(io.ComfyNode):
         check_image(image)
         count, height, width, _ = image.shape
         settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
-        sizes = crop_sizes(model if guider is None else guider.model_patcher, vae)
+        recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
+        sizes = crop_sizes(recipe.model, vae)
         crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode, latent_cell(vae), sizes)
         found = fitted(detections, image)
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
             return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))
-        resting = _resting(plan, concepts, denoise if sigmas is None else None)
-        if len(resting) == len(plan.regions):
-            return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
-        plan = without_rows(plan, resting)
-        recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
-        check_models(recipe.model, vae, crop_size)
-        check_depth(recipe.model, vae, crop_size, "crop_size", cfg)
-        check_prompts(recipe.model, recipe.conditioning, concepts)
         anchor, warnings = choose_anchor(
             recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
         )
-        engine = ComfyEngine(
-            recipe,
-            vae,
-            chunk_size,
-            anchor,
-            plan,
-            mask_latent=mask_latent,
-            noise_scaffold=check_scaffold(noise_scaffold, vae, image),
-            concepts=concepts,
-        )
+        rows = rows_for(plan, recipe, anchor, concepts)
+        resting = {row.region.row for row in rows if row.denoise == 0}
+        if len(resting) == len(rows):
+            return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
+        plan = without_rows(plan, resting)
+        check_models(recipe.model, vae, crop_size)
+        check_depth(recipe.model, vae, crop_size, "crop_size", cfg)
+        check_prompts(recipe.model, recipe.conditioning, concepts)
+        start = RowStart(vae.spacial_compression_encode(), mask_latent, check_scaffold(noise_scaffold, vae, image))
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size)
         warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=anchor is not None)
         warnings += range_notices(image)
         if resting:
-            warnings.append(f"denoise is 0 for {len(resting)} of {len(plan.regions)} regions: they stay as they are")
-        refined = refine(image, plan, engine, PasteSettings(blend, color_match), keep_crops=True)
+            warnings.append(f"denoise is 0 for {len(resting)} of {len(rows)} regions: they stay as they are")
+        refined = refine(image, plan, rows, engine, PasteSettings(blend, color_match), keep_crops=True)
         warnings += engine.notices
         return io.NodeOutput(
             refined.image,
@@ -211,11 +205,6 @@ class LunaSemanticDetailer(io.ComfyNode):
             refined.crops_after,
             ui=notice(*warnings) if warnings else None,
         )
-
-
-def _resting(plan: RefinePlan, concepts: tuple[Concept, ...], denoise: float | None) -> set[int]:
-    """Rows whose denoise is 0; ``denoise`` is that of rows without one of their own, None where sigmas are given."""
-    return {region.row for region in plan.regions if denoise_of(region.label, concepts, denoise) == 0}
 
 
 def _unused(concepts: tuple[Concept, ...], found: Any, anchored: bool) -> list[str]:

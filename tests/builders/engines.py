@@ -2,12 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 import torch.nn.functional as F
-from luna_refinement.batching.plan import Region
-from luna_refinement.batching.refine import EncodedRows
+from luna_refinement.batching.conditioning import RowConditioning
+from luna_refinement.batching.plan import RefinePlan
+from luna_refinement.batching.refine import Engine, Refined
+from luna_refinement.batching.refine import refine as refine_rows
+from luna_refinement.batching.rows import EncodedRow, Row, resolve_rows
+from luna_refinement.ip_adapter import RowEmbeds
 from torch import Tensor
+
+
+def refine(image: Tensor, plan: RefinePlan, engine: Engine, *args: Any, **settings: Any) -> Refined:
+    """A refinement whose rows have nothing of their own but their regions."""
+    return refine_rows(image, plan, resolve_rows(plan, {}), engine, *args, **settings)
+
+
+def groups(conditioning: RowConditioning, rows: Sequence[Row], size: tuple[int, int]) -> list[list[int]]:
+    """Which rows share a sampling call for latents of ``size`` (height, width), as positions in ``rows``."""
+    found: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        found.setdefault(conditioning.structure(row, size), []).append(place)
+    return list(found.values())
 
 
 @dataclass
@@ -23,18 +40,18 @@ class ExactEngine:
     px_per_batch: int = 2 * 64**2
     calls: list[list[int]] = field(default_factory=list)
 
-    def anchor(self, crops: Tensor, regions: Sequence[Region]) -> object | None:
-        return None
+    def anchor(self, rows: Sequence[Row], crops: Tensor) -> list[RowEmbeds | None]:
+        return [None] * len(rows)
 
-    def join_anchors(self, parts: Sequence[object | None]) -> object | None:
-        return None
+    def encode(self, rows: Sequence[Row], crops: Tensor, embeds: Sequence[RowEmbeds | None]) -> list[EncodedRow]:
+        return [row.encoded(latent) for row, latent in zip(rows, self.latents(crops), strict=True)]
 
-    def encode(self, crops: Tensor, regions: Sequence[Region]) -> Tensor:
+    def latents(self, crops: Tensor) -> Tensor:
         return F.pixel_unshuffle(crops.movedim(-1, 1), 8)
 
-    def sample(self, rows: EncodedRows) -> Tensor:
-        self.calls.append([region.row for region in rows.regions])
-        return torch.stack([self.change(r.row, x) for r, x in zip(rows.regions, rows.latents, strict=True)])
+    def sample(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
+        self.calls.append([row.region.row for row in rows])
+        return [self.change(row.region.row, row.latent) for row in rows]
 
     def decode(self, latents: Tensor) -> Tensor:
         return F.pixel_shuffle(latents, 8).movedim(1, -1)

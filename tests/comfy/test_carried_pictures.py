@@ -8,6 +8,7 @@ import comfy.sd
 import pytest
 import torch
 from builders import tiny
+from builders.engines import groups
 from builders.refining import Studio, detections, photograph
 from builders.seeding import generator_for
 from builders.vae import build_vae
@@ -209,8 +210,9 @@ def test_one_mask_without_a_batch_counts_for_all_pictures(sd15: Studio) -> None:
 
 def test_texts_whose_tokens_count_differently_do_not_share_a_call(sd15: Studio) -> None:
     """Some models add up the attention mask of the batch; masks that are equal are passed once."""
-    from luna_refinement.batching.conditioning import Row, RowConditioning
+    from luna_refinement.batching.conditioning import RowConditioning
     from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.rows import Row
 
     image = photograph()
     plan = plan_detections(detections(image, [LEFT, RIGHT]).items, 512, 512, 1, CropSettings(64, 0.0, 0), seed=0)
@@ -220,9 +222,9 @@ def test_texts_whose_tokens_count_differently_do_not_share_a_call(sd15: Studio) 
         return Row(plan.regions[place], {"positive": [[torch.randn(1, 12, 8), {"attention_mask": mask}]]})
 
     conditioning = RowConditioning(512, 512, 1, cell=8)
-    assert conditioning.groups([row(0, 5), row(1, 7)], (8, 8)) == [[0], [1]]
+    assert groups(conditioning, [row(0, 5), row(1, 7)], (8, 8)) == [[0], [1]]
     rows = [row(0, 5), row(1, 5)]
-    assert conditioning.groups(rows, (8, 8)) == [[0, 1]]
+    assert groups(conditioning, rows, (8, 8)) == [[0, 1]]
     (entry,) = conditioning.for_rows(rows, (8, 8))["positive"]
     assert entry[0].shape[0] == 2
     assert entry[1]["attention_mask"].tolist() == rows[0].conditioning["positive"][0][1]["attention_mask"].tolist()
@@ -239,8 +241,9 @@ def attention_over(columns: Tensor, tokens: int) -> Tensor:
 
 
 def test_attention_masks_over_the_picture_are_cut_to_rows(sd15: Studio) -> None:
-    from luna_refinement.batching.conditioning import Row, RowConditioning
+    from luna_refinement.batching.conditioning import RowConditioning
     from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.rows import Row
 
     image = photograph()
     plan = plan_detections(detections(image, [LEFT, RIGHT]).items, 512, 512, 1, CropSettings(64, 0.0, 0), seed=0)

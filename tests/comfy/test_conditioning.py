@@ -7,6 +7,7 @@ import comfy.controlnet
 import pytest
 import torch
 from builders import tiny
+from builders.engines import groups
 from builders.refining import BOXES, Studio, counting, detections, photograph
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.errors import LunaInputError
@@ -136,7 +137,7 @@ def test_a_lora_acts_on_its_concept_alone_and_leaves_the_model(sd15: Studio) -> 
         f"{name}.lora_up.weight": torch.randn(32, 4, generator=generator),
         f"{name}.lora_down.weight": torch.randn(4, 32, generator=generator),
     }
-    concepts = (Concept("hand", lora=Lora("test", weights, 2.0)),)
+    concepts = (Concept("hand", loras=(Lora("test", weights, 2.0),)),)
     plain, changed = sd15.detail(image, found)[3], sd15.detail(image, found, concepts=concepts)[3]
     assert difference(plain[0], changed[0]) <= BOUND
     assert difference(plain[1], changed[1]) > 10 * BOUND
@@ -249,8 +250,9 @@ def test_inpaint_models_see_each_row_with_its_mask_greyed_out(tmp_path: Any) -> 
 
 
 def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
-    from luna_refinement.batching.conditioning import Row, RowConditioning
+    from luna_refinement.batching.conditioning import RowConditioning
     from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.rows import Row
 
     image = photograph()
     found = detections(image, [LEFT, RIGHT, BOXES[1]])
@@ -260,7 +262,7 @@ def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
     shared = {"positive": with_fields(text("a"), gligen=gligen), "negative": text("b")}
     conditioning = RowConditioning(512, 512, 1, cell=8)
     rows = [Row(region, shared) for region in plan.regions]
-    assert conditioning.groups(rows, (8, 8)) == [[0, 2], [1]]
+    assert groups(conditioning, rows, (8, 8)) == [[0, 2], [1]]
     (entry,) = conditioning.for_rows(rows[1:2], (8, 8))["positive"]
     (box,) = entry[1]["gligen"][2]
     # crop 380..460 x 60..140 at 8 latent px for 80 px; box 384..464 x 64..144
@@ -270,8 +272,9 @@ def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
 
 
 def test_reference_latents_of_the_picture_are_cut_and_others_kept(sd15: Studio) -> None:
-    from luna_refinement.batching.conditioning import Row, RowConditioning
+    from luna_refinement.batching.conditioning import RowConditioning
     from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.rows import Row
 
     image = photograph()
     plan = plan_detections(detections(image, [LEFT, RIGHT]).items, 512, 512, 1, CropSettings(80, 0.0, 0), seed=0)

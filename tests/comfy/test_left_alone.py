@@ -8,13 +8,8 @@ import pytest
 import torch
 from builders import tiny
 from builders.refining import Studio, counting, photograph
-from luna_refinement.batching.comfy_sampling import (
-    SamplingSettings,
-    differential_mask,
-    ksampler_recipe,
-    least_share,
-    with_denoise,
-)
+from luna_refinement.batching.comfy_recipe import SamplingSettings, ksampler_recipe, least_share, with_denoise
+from luna_refinement.batching.comfy_sampling import differential_mask
 from luna_refinement.batching.concepts import Concept
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.upscale import LunaPrepUpscale

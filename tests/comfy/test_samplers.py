@@ -8,7 +8,8 @@ import torch
 from builders import tiny
 from builders.refining import Studio
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from luna_refinement.batching.comfy_sampling import Recipe, SamplingSettings, ksampler_recipe, sample_rows
+from luna_refinement.batching.comfy_recipe import Recipe, SamplingSettings, ksampler_recipe
+from luna_refinement.batching.comfy_sampling import sample_rows
 from luna_refinement.batching.noise import row_noise
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter.comfy_encode import encode_rows

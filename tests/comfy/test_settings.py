@@ -1,6 +1,5 @@
 """Every number a user can set does what it promises: against ComfyUI's own KSampler, plans and files."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,14 @@ import folder_paths
 import pytest
 import torch
 from builders import tiny
+from builders.engines import ExactEngine, refine
 from builders.refining import Studio, counting, detections, photograph
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.batching.crops import cut
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.noise import row_noise
-from luna_refinement.batching.plan import CropSettings, RefinePlan, Region, plan_detections
-from luna_refinement.batching.refine import EncodedRows, PasteSettings, refine
+from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.nodes.concepts import LunaConcept
 from luna_refinement.nodes.ip_adapter import LunaApplyIPAdapter
@@ -169,25 +169,14 @@ def test_tile_settings_reach_the_plan(sd15: Studio, change: dict[str, Any], tile
     assert calls == [2 * len(rows) for rows in plan.passes]
 
 
-class Replayed:
-    """An engine that gives back crops it was handed, so that only the paste is left."""
-
-    px_per_batch = 4 * 1024**2
+class Replayed(ExactEngine):
+    """Gives crops that were refined before."""
 
     def __init__(self, crops: Tensor) -> None:
-        self._crops = crops
+        super().__init__(lambda row, latent: crops[row])
 
-    def anchor(self, crops: Tensor, regions: Sequence[Region]) -> None:
-        return None
-
-    def join_anchors(self, parts: Sequence[object | None]) -> None:
-        return None
-
-    def encode(self, crops: Tensor, regions: Sequence[Region]) -> Tensor:
+    def latents(self, crops: Tensor) -> Tensor:
         return crops
-
-    def sample(self, rows: EncodedRows) -> Tensor:
-        return self._crops[[region.row for region in rows.regions]]
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
@@ -249,7 +238,7 @@ def test_the_strength_of_a_lora_scales_its_weights(sd15: Studio) -> None:
     found = Detections((Detection(0, LEFT, label="face"),), 512, 512)
 
     def result(lora: Lora | None) -> Tensor:
-        return sd15.detail(image, found, concepts=(Concept("face", lora=lora),))[3]
+        return sd15.detail(image, found, concepts=(Concept("face", loras=(lora,)),))[3]
 
     plain, once, halved, against = (
         result(lora)
@@ -270,11 +259,11 @@ def test_two_loras_act_on_their_own_rows(sd15: Studio) -> None:
     image = photograph()
     found = Detections((Detection(0, LEFT, label="face"), Detection(0, RIGHT, label="hand")), 512, 512)
     loras = [Lora(str(scale), lora_weights(scale), 1.0) for scale in (3.0, -3.0)]
-    face, hand = (Concept(name, lora=lora) for name, lora in zip(("face", "hand"), loras, strict=True))
+    face, hand = (Concept(name, loras=(lora,)) for name, lora in zip(("face", "hand"), loras, strict=True))
     both = sd15.detail(image, found, concepts=(face, hand))[3]
     assert difference(both[0], sd15.detail(image, found, concepts=(face,))[3][0]) <= BOUND
     assert difference(both[1], sd15.detail(image, found, concepts=(hand,))[3][1]) <= BOUND
-    swapped = sd15.detail(image, found, concepts=(Concept("face", lora=loras[1]),))[3]
+    swapped = sd15.detail(image, found, concepts=(Concept("face", loras=(loras[1],)),))[3]
     assert difference(both[0], swapped[0]) > BOUND
 
 

@@ -8,7 +8,7 @@ from builders import tiny
 from fuzz.strategies import damaged, masks, numbers, schema_numbers, tensors, texts, values
 from fuzz.target import target
 from hypothesis import strategies as st
-from luna_refinement.batching.comfy_sampling import SamplingSettings
+from luna_refinement.batching.comfy_recipe import SamplingSettings
 from luna_refinement.batching.geometry import Box
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, plan_detections

@@ -7,7 +7,7 @@ import os
 
 import torch
 from builders.detections import PlainDetection
-from builders.engines import ExactEngine
+from builders.engines import ExactEngine, refine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.blend import BLENDS
@@ -23,7 +23,7 @@ from luna_refinement.batching.plan import (
     RefinePlan,
     plan_detections,
 )
-from luna_refinement.batching.refine import PasteSettings, Refined, refine
+from luna_refinement.batching.refine import PasteSettings, Refined
 from torch import Tensor
 
 LONG = os.environ.get("LUNA_FUZZ") == "long" or "LUNA_FUZZ_EXAMPLES" in os.environ

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from builders import pasting
 from builders.detections import PlainDetection
-from builders.engines import ExactEngine
+from builders.engines import ExactEngine, refine
 from builders.pasting import Array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.blend import MOST_BANDS
 from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
-from luna_refinement.batching.refine import PasteSettings, refine
+from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.weights import MaskWeights, SharedWeights
 
 ROUNDING = 2e-5  # of float32, through two resamplings of some hundred taps

@@ -1,13 +1,12 @@
 """Plans of regions: what is cut at extreme shapes, what users are told of sizes, seeds, passes of overlapping ones."""
 
 import time
-from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from builders.detections import PlainDetection
-from builders.engines import ExactEngine
+from builders.engines import ExactEngine, refine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.crops import cut, uncut
@@ -23,7 +22,6 @@ from luna_refinement.batching.plan import (
     plan_detections,
     size_notices,
 )
-from luna_refinement.batching.refine import refine
 from luna_refinement.batching.weights import MaskWeights
 
 BoxPx = tuple[float, float, float, float]
@@ -204,7 +202,7 @@ def moved(width: int, height: int, ratio: int, cell_px: int) -> float:
     """
 
     class CoarseEngine(ExactEngine):
-        def encode(self, crops: torch.Tensor, regions: Sequence[Region]) -> torch.Tensor:
+        def latents(self, crops: torch.Tensor) -> torch.Tensor:
             for dim in (1, 2):
                 rest = crops.shape[dim] % ratio
                 crops = crops.narrow(dim, rest // 2, crops.shape[dim] - rest)

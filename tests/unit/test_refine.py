@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 from builders.detections import PlainDetection
-from builders.engines import ExactEngine
+from builders.engines import ExactEngine, refine
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
-from luna_refinement.batching.refine import PasteSettings, refine
+from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from skimage.data import astronaut
 

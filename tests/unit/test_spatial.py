@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from builders.detections import PlainDetection
-from luna_refinement.batching.conditioning import Row, RowConditioning
+from builders.engines import groups
+from luna_refinement.batching.conditioning import RowConditioning
 from luna_refinement.batching.plan import CropSettings, Region, plan_detections
+from luna_refinement.batching.rows import Row
 from luna_refinement.batching.spatial import PictureGuidance
 from luna_refinement.errors import LunaInputError
 from torch import Tensor
@@ -32,7 +34,7 @@ def cut_references(latents: list[Tensor], rows: tuple[Region, ...], count: int =
     shared = {"positive": [[torch.zeros(1, 7, 8), {"reference_latents": latents}]]}
     conditioning = RowConditioning(SIDE, SIDE, count, cell=CELL)
     given = [Row(region, shared) for region in rows]
-    assert conditioning.groups(given, (8, 8)) == [list(range(len(rows)))]
+    assert groups(conditioning, given, (8, 8)) == [list(range(len(rows)))]
     (entry,) = conditioning.for_rows(given, (8, 8))["positive"]
     return entry[1]["reference_latents"]
 
@@ -103,11 +105,11 @@ def test_references_of_concepts_share_a_call_when_they_are_alike() -> None:
 
     conditioning = RowConditioning(SIDE, SIDE, 1, cell=CELL)
     given = [row(rows[0], columns_latent(64, 64)), row(rows[1], columns_latent(64, 64) + 5000)]
-    assert conditioning.groups(given, (8, 8)) == [[0, 1]]
+    assert groups(conditioning, given, (8, 8)) == [[0, 1]]
     (entry,) = conditioning.for_rows(given, (8, 8))["positive"]
     assert middles(entry[1]["reference_latents"][0]) == pytest.approx([64, 5416], abs=0.5)
     given[1] = row(rows[1], torch.rand(1, 4, 20, 30))
-    assert conditioning.groups(given, (8, 8)) == [[0], [1]]
+    assert groups(conditioning, given, (8, 8)) == [[0], [1]]
 
 
 def test_masks_of_each_picture_weigh_their_rows() -> None:

@@ -1,19 +1,16 @@
 """Conditioning for a batch: every row gets its own text and its own part of what guides the whole picture."""
 
-import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kinds import KINDS, Batch, Place, check_texts, kind_of, of_each_row
+from .fields import KINDS, TEXT, kind_of
+from .kinds import Batch
 from .plan import Region
 from .rows import Conditioning, Row
 from .spatial import PictureGuidance
-
-_LONGEST_REPEAT = 4
-"""Texts are repeated to a common length up to this factor, as ComfyUI's sampler does; beyond it rows are grouped."""
 
 
 class RowConditioning:
@@ -39,11 +36,10 @@ class RowConditioning:
                 holds something that Luna does not know how to cut.
         """
         for name, conds in conditioning.items():
-            for text, fields in conds:
-                if text is not None:
-                    check_texts(text, name, self._guidance.image_count)
+            for fields in map(_fields, conds):
                 for key, value in fields.items():
-                    kind_of(key, value).check(value, f"{key} of {name}", self._guidance)
+                    whose = name if key == TEXT else f"{key} of {name}"
+                    kind_of(key, value).check(value, whose, self._guidance)
                     if key not in KINDS:
                         self._note(f"conditioning field '{key}' is unknown to Luna: every row gets it as it is")
 
@@ -54,19 +50,13 @@ class RowConditioning:
             row: with its conditioning.
             size: (height, width) of its latent.
         """
-        structure: list[Hashable] = []
         batch = Batch([row.region], size, self._guidance)
+        structure: list[Hashable] = []
         for name, conds in sorted(row.conditioning.items()):
-            for text, fields in conds:
-                kinds = {key: kind_of(key, value) for key, value in sorted(fields.items())}
-                common = tuple(
-                    (key, kind.in_common(key, fields, batch))
-                    for key, kind in kinds.items()
-                    if not isinstance(kind, Place)
-                )
-                structure.append((name, _length_class(text), common))
-                if _draws_for_the_batch(fields):
-                    structure.append(row.region.row)
+            for fields in map(_fields, conds):
+                kinds = ((key, kind_of(key, value)) for key, value in sorted(fields.items()))
+                common = ((key, kind.in_common(key, fields, batch)) for key, kind in kinds if not kind.everywhere)
+                structure.append((name, *common))
         return tuple(structure)
 
     def for_rows(self, rows: Sequence[Row], size: tuple[int, int]) -> Conditioning:
@@ -99,51 +89,24 @@ class RowConditioning:
         return weights
 
     def _entry(self, own: list[Any], weights: list[Tensor | None], batch: Batch) -> list[Any]:
-        text = self._texts([entry[0] for entry in own], batch.regions)
-        entries = [entry[1] for entry in own]
+        entries = [_fields(entry) for entry in own]
         fields: dict[str, Any] = {}
         for key, value in entries[0].items():
-            if value is None:
-                fields[key] = value
-                continue
-            made = kind_of(key, value).for_rows(key, entries, batch)
-            if made is not None:
+            made = None if value is None else kind_of(key, value).for_rows(key, entries, batch)
+            if value is None or made is not None:
                 fields[key] = made
         if any(weight is not None for weight in weights):
             ones = torch.ones(batch.size)
             fields["mask"] = torch.stack([ones if weight is None else weight for weight in weights])
             fields.setdefault("mask_strength", 1.0)
             fields["set_area_to_bounds"] = False
-        return [text, fields]
-
-    def _texts(self, texts: list[Tensor | None], regions: Sequence[Region]) -> Tensor | None:
-        """One text per row [N,T,D], or the shared [1,T,D]; shorter texts are repeated, which attention does not see."""
-        given = [text for text in texts if text is not None]
-        if not given:
-            return None
-        if given[0].ndim == 3:
-            length = math.lcm(*(text.shape[1] for text in given))
-            repeated = {id(text): text.repeat(1, length // text.shape[1], 1) for text in given}
-            given = [repeated[id(text)] for text in given]
-        return of_each_row(given, regions)
+        return [fields.pop(TEXT), fields]
 
     def _note(self, text: str) -> None:
         if text not in self.notices:
             self.notices.append(text)
 
 
-def _draws_for_the_batch(fields: dict[str, Any]) -> bool:
-    """Models that noise the picture they are given draw for the whole batch at once: each row must be sampled alone."""
-    return bool(fields.get("noise_augmentation")) and ("concat_image" in fields or "concat_latent_image" in fields)
-
-
-def _length_class(text: Tensor | None) -> Hashable:
-    """Texts of one class can be brought to a common length: multiples of CLIP's 77 tokens up to four times as long."""
-    if text is None:
-        return None
-    if text.ndim != 3:
-        return tuple(text.shape[1:])
-    tokens, width = text.shape[1:]
-    if tokens % 77 == 0 and tokens // 77 <= _LONGEST_REPEAT:
-        return ("chunks", width)
-    return (tokens, width)
+def _fields(entry: list[Any]) -> dict[str, Any]:
+    """The fields of an entry [text, fields], the text among them."""
+    return {TEXT: entry[0], **entry[1]}

@@ -1,13 +1,12 @@
-"""The kinds of things a conditioning carries, in one table: how each is cut to rows, and when rows can share a call.
+"""The kinds of things a conditioning carries: how each is cut to rows, and when rows can share a call.
 
-The table names every field that ComfyUI's sampler and its models for still pictures read. Fields of other nodes pass
-as they are, with a notice, unless they hold planes: those would show every row the whole picture, and are refused.
+A new kind is one class here, and the fields of that kind one line of the table in ``fields.py``.
 """
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,9 @@ from torch import Tensor
 from ..errors import LunaInputError
 from .plan import Region
 from .spatial import PictureGuidance
+
+LONGEST_REPEAT = 4
+"""Texts are repeated to a common length up to this factor, as ComfyUI's sampler does; beyond it rows are grouped."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +40,78 @@ Fields = Mapping[str, Any]
 """The fields of one entry of a conditioning."""
 
 
-class Kind(Protocol):
-    """What rows ask of a field of a conditioning."""
+class Kind:
+    """A field that is the same for all rows of a call; other kinds say what differs.
+
+    Attributes:
+        any_value: reads whatever the field holds; others read tensors, and numbers are the same for all rows.
+        everywhere: what an entry without the field means too, so that rows with and without it share a call.
+    """
+
+    any_value = False
+    everywhere = False
 
     def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
         """What must be equal for rows to share a call; ``batch`` holds one row."""
-        ...
+        return _identity(fields[key])
 
     def for_rows(self, key: str, fields: Sequence[Fields], batch: Batch) -> Any:
         """The field for all rows of a batch, from the entry of each; None leaves the field out."""
-        ...
+        return fields[0][key]
 
     def check(self, value: Any, name: str, guidance: PictureGuidance) -> None:
         """Raises LunaInputError where ``value`` cannot be cut to rows; ``name`` says whose it is."""
-        ...
 
 
-class Place:
-    """Where an entry acts: drawn as one mask per row, beside this table."""
+class PerText(Kind):
+    """Tensors that hold something for each text, such as pooled outputs: [1 or B,...]."""
 
     def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
-        return None
+        return tuple(fields[key].shape[1:])
+
+    def for_rows(self, key: str, fields: Sequence[Fields], batch: Batch) -> Any:
+        return _of_each_row([own[key] for own in fields], batch.regions)
+
+    def check(self, value: Any, name: str, guidance: PictureGuidance) -> None:
+        if value.shape[0] not in (1, guidance.image_count):
+            raise LunaInputError(
+                f"{name} holds {value.shape[0]} texts, image holds {guidance.image_count} pictures: "
+                "give one text for all, or one for each picture"
+            )
+
+
+class Text(PerText):
+    """The prompt's tokens [1 or B,T,D]; shorter ones are repeated to a common length, which attention does not see."""
+
+    def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
+        """Multiples of CLIP's 77 tokens can be brought to one length, up to ``LONGEST_REPEAT`` times as long."""
+        text = fields[key]
+        if text.ndim != 3:
+            return tuple(text.shape[1:])
+        tokens, width = text.shape[1:]
+        return ("chunks" if tokens % 77 == 0 and tokens // 77 <= LONGEST_REPEAT else tokens, width)
+
+    def for_rows(self, key: str, fields: Sequence[Fields], batch: Batch) -> Any:
+        texts = [own[key] for own in fields]
+        if texts[0].ndim == 3:
+            length = math.lcm(*(text.shape[1] for text in texts))
+            repeated = {id(text): text.repeat(1, length // text.shape[1], 1) for text in texts}
+            texts = [repeated[id(text)] for text in texts]
+        return _of_each_row(texts, batch.regions)
+
+
+class NoiseAugmentation(Kind):
+    """How far a model noises the picture it is given: it draws for the whole batch, so each row is sampled alone."""
+
+    def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
+        draws = bool(fields[key]) and ("concat_image" in fields or "concat_latent_image" in fields)
+        return _identity(fields[key]), batch.regions[0].row if draws else None
+
+
+class Place(Kind):
+    """Where an entry acts: drawn as one mask per row by ``conditioning.py``."""
+
+    any_value = everywhere = True
 
     def for_rows(self, key: str, fields: Sequence[Fields], batch: Batch) -> Any:
         return None
@@ -70,11 +123,10 @@ class Place:
             raise LunaInputError(f"{name} is {value}: Luna takes areas of still pictures, not of videos")
 
 
-class Control:
+class Control(Kind):
     """A chain of ControlNets, whose hints are cut."""
 
-    def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
-        return id(fields[key])
+    any_value = True
 
     def for_rows(self, key: str, fields: Sequence[Fields], batch: Batch) -> Any:
         control = fields[0][key]
@@ -90,8 +142,10 @@ class Control:
             value = value.previous_controlnet
 
 
-class Boxes:
+class Boxes(Kind):
     """GLIGEN boxes: rows share a call when they see the same ones in the same places."""
+
+    any_value = True
 
     def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
         cut = batch.guidance.boxes(fields[key], batch.regions[0], batch.size)
@@ -101,12 +155,11 @@ class Boxes:
         boxes = batch.guidance.boxes(fields[0][key], batch.regions[0], batch.size)
         return boxes if boxes[2] else None
 
-    def check(self, value: Any, name: str, guidance: PictureGuidance) -> None:
-        pass
 
-
-class References:
+class References(Kind):
     """Reference latents: those of this picture are cut, those of others stay whole."""
+
+    any_value = True
 
     def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
         return tuple(
@@ -129,7 +182,7 @@ class References:
             guidance.check_batch(latent, name)
 
 
-class Planes:
+class Planes(Kind):
     """A picture, latent or mask of the whole picture that the model reads beside its own latent, px by px.
 
     Args:
@@ -153,20 +206,7 @@ class Planes:
         guidance.check_batch(value, name)
 
 
-class PerText:
-    """Tensors that hold something for each text, such as pooled outputs: [1 or B,...]."""
-
-    def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
-        return tuple(fields[key].shape[1:])
-
-    def for_rows(self, key: str, fields: Sequence[Fields], batch: Batch) -> Any:
-        return of_each_row([own[key] for own in fields], batch.regions)
-
-    def check(self, value: Any, name: str, guidance: PictureGuidance) -> None:
-        check_texts(value, name, guidance.image_count)
-
-
-class TokenMask:
+class TokenMask(PerText):
     """Which tokens a text has [1 or B,T], or how tokens of text and picture see one another [1 or B,L,L].
 
     Some models add up the tokens of the whole batch, so rows share a call only where theirs are the same.
@@ -184,106 +224,17 @@ class TokenMask:
             return masks[0][_place(masks[0], batch.regions[0])][None]
         grid = fields[0].get("attention_mask_img_shape")
         if grid is None or all(batch.guidance.is_even(mask, grid) for mask in masks):
-            return of_each_row(masks, batch.regions)
+            return _of_each_row(masks, batch.regions)
         return batch.guidance.attention(masks, grid, batch.regions)
 
-    def check(self, value: Any, name: str, guidance: PictureGuidance) -> None:
-        check_texts(value, name, guidance.image_count)
 
-
-class Alike:
-    """The same for all rows of a call."""
-
-    def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
-        return identity(fields[key])
-
-    def for_rows(self, key: str, fields: Sequence[Fields], batch: Batch) -> Any:
-        return fields[0][key]
-
-    def check(self, value: Any, name: str, guidance: PictureGuidance) -> None:
-        pass
-
-
-def _table(*kinds: tuple[Kind, str]) -> Mapping[str, Kind]:
-    return MappingProxyType({key: kind for kind, keys in kinds for key in keys.split()})
-
-
-_ALIKE, _PER_TEXT = Alike(), PerText()
-
-KINDS = _table(
-    (Place(), "area mask set_area_to_bounds"),
-    (Control(), "control"),
-    (Boxes(), "gligen"),
-    (References(), "reference_latents"),
-    # concat_latent_image: inpaint, edit and control models; concat_image: SD x4 upscaler; stable_cascade_prior: its
-    # stage B; lq_latent: PiD; noise_concat: any model
-    (Planes(), "concat_latent_image concat_image noise_concat stable_cascade_prior lq_latent"),
-    (Planes(is_mask=True), "concat_mask"),
-    (TokenMask(), "attention_mask attention_mask_mt5xl"),
-    (
-        _PER_TEXT,
-        "pooled_output conditioning_llama3 conditioning_mt5xl conditioning_byt5small cross_attn_controlnet t5xxl_ids "
-        "t5xxl_weights text_input_ids degrade_sigma",
-    ),
-    (
-        _ALIKE,
-        "strength mask_strength start_percent end_percent clip_start_percent clip_end_percent hooks default guidance "
-        "width height crop_w crop_h target_width target_height aspect_ratio aesthetic_score control_apply_to_uncond "
-        "prompt_type unclip_conditioning unclip_noise_augment_merge noise_augmentation attention_mask_img_shape "
-        "reference_latents_method reference_latents_text_embeds clip_vision_output clip_vision_outputs seed "
-        "concat_mask_index uuid model_conds guiding_frame_index ref_latents_method",
-    ),
-)
-"""What is known of each field that holds something; a field that holds None or a number is the same for all rows."""
-
-
-def kind_of(key: str, value: Any) -> Kind:
-    """How a field is cut to rows.
-
-    Raises:
-        LunaInputError: nothing is known of the field, and it holds planes.
-    """
-    known = KINDS.get(key)
-    if value is None:
-        return _ALIKE
-    if isinstance(known, Place | Control | Boxes | References):
-        return known
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        if known is None and any(isinstance(v, Tensor) and v.ndim > 3 for v in _members(value)):
-            raise _unknown_planes(key)
-        return _ALIKE
-    if known is None and value.ndim > 3:
-        raise _unknown_planes(key)
-    return _PER_TEXT if known is None or known is _ALIKE else known
-
-
-def _members(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else ()
-
-
-def _unknown_planes(key: str) -> LunaInputError:
-    return LunaInputError(
-        f"a conditioning carries '{key}', a picture or video that Luna does not know how to cut to its regions: "
-        "leave out the node that adds it"
-    )
-
-
-def identity(value: Any) -> Hashable:
+def _identity(value: Any) -> Hashable:
     if isinstance(value, bool | int | float | str | None.__class__):
         return value
     return id(value)
 
 
-def check_texts(value: Tensor, name: str, image_count: int) -> None:
-    """Raises LunaInputError where ``value`` [1 or B,...] holds another number of texts than there are pictures."""
-    if value.shape[0] not in (1, image_count):
-        raise LunaInputError(
-            f"{name} holds {value.shape[0]} texts, image holds {image_count} pictures: "
-            "give one text for all, or one for each picture"
-        )
-
-
-def of_each_row(values: Sequence[Tensor], regions: Sequence[Region]) -> Tensor:
+def _of_each_row(values: Sequence[Tensor], regions: Sequence[Region]) -> Tensor:
     """[N,...] from the [1 or B,...] of each row, or the [1,...] that all rows share."""
     first = values[0]
     if first.shape[0] == 1 and all(value is first for value in values):

@@ -12,7 +12,7 @@ from builders.engines import groups
 from builders.refining import Studio, detections, photograph
 from builders.seeding import generator_for
 from builders.vae import build_vae
-from luna_refinement.batching.kinds import KINDS
+from luna_refinement.batching.fields import KINDS
 from luna_refinement.batching.planes import cut_planes
 from luna_refinement.errors import LunaInputError
 from torch import Tensor

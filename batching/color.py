@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ColorMatch = Literal["none", "mean_std", "wavelet"]
@@ -46,7 +45,19 @@ def _moments(image: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wavelet(refined: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
-    return refined + _coarse(reference, weights) - _coarse(refined, weights)
+    """Coarse colours of the reference, fine ones of the refined crop: as blurs are linear, one of the difference."""
+    matched = refined.clone()
+    rows, columns = (_span(weights.amax(dim) > 0) for dim in (1, 0))
+    shift = _coarse((reference - refined)[rows, columns], weights[rows, columns])
+    matched[rows, columns] += shift
+    return matched
+
+
+def _span(found: Tensor) -> slice:
+    """The part of one side [n] that the blur of what is ``found`` reaches."""
+    places = found.nonzero()
+    reach = 2**WAVELET_LEVELS
+    return slice(max(0, int(places.min()) - reach), int(places.max()) + reach + 1)
 
 
 def _coarse(image: Tensor, weights: Tensor) -> Tensor:
@@ -54,17 +65,24 @@ def _coarse(image: Tensor, weights: Tensor) -> Tensor:
 
     every blur averages weighted px only, so colours from outside the mask do not leak in.
     """
-    planes = torch.cat([image * weights[..., None], weights[..., None]], dim=-1).movedim(-1, 0)[None]
-    kernel = torch.tensor([0.25, 0.5, 0.25]).to(planes).view(1, 1, 1, 3).expand(4, 1, 1, 3)
+    planes = torch.cat([image * weights[..., None], weights[..., None]], dim=-1).movedim(-1, 0).contiguous()
     for level in range(WAVELET_LEVELS):
-        step = min(2**level, min(planes.shape[-2:]) - 1)
-        if step < 1:
-            break
-        for k, padding, dilation in (
-            (kernel, (step, step, 0, 0), (1, step)),
-            (kernel.transpose(-1, -2), (0, 0, step, step), (step, 1)),
-        ):
-            planes = F.conv2d(F.pad(planes, padding, mode="replicate"), k, dilation=dilation, groups=4)
-    colours, total = planes[0, :3], planes[0, 3:]
-    coarse = colours / total.clamp(min=1e-6)
-    return torch.where(total > 1e-6, coarse, torch.zeros_like(coarse)).movedim(0, -1)
+        for dim in (-1, -2):
+            planes = _blurred(planes, min(2**level, planes.shape[dim] - 1), dim)
+    colours, total = planes[:3], planes[3:]
+    return torch.where(total > 1e-6, colours / total.clamp(min=1e-6), 0).movedim(0, -1)
+
+
+def _blurred(planes: Tensor, step: int, dim: int) -> Tensor:
+    """Planes [C,H,W] times [1,2,1]/4 along one dimension, ``step`` px apart; the border goes on.
+
+    Sums of shifted planes: several times faster on the CPU than a dilated convolution.
+    """
+    if step < 1:
+        return planes
+    size = planes.shape[dim]
+    blurred = planes / 2
+    for to, since, edge in ((step, 0, 0), (0, step, size - step)):
+        blurred.narrow(dim, to, size - step).add_(planes.narrow(dim, since, size - step), alpha=0.25)
+        blurred.narrow(dim, edge, step).add_(planes.narrow(dim, 0 if edge == 0 else size - 1, 1), alpha=0.25)
+    return blurred

@@ -1,5 +1,6 @@
 """One progress bar and live preview for a whole run, over all of its sampling calls."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,12 @@ from torch import Tensor
 
 MOST_PREVIEWED = 9
 """Rows shown in the preview strip; more would each be too small to see."""
+
+PREVIEW_PX = 256
+"""Longer side of a row in the preview strip."""
+
+PREVIEW_SHARE = 0.05
+"""Of a run's time that may go into making previews: with a slow previewer, steps in between show none."""
 
 
 class SamplingProgress:
@@ -27,6 +34,7 @@ class SamplingProgress:
         self._total = max(1, total_rows * steps)
         self._done = 0
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._next_preview = 0.0
 
     def callback(self, rows: int) -> Callable[[int, Tensor, Tensor, int], None]:
         """A sampler callback for one call over ``rows`` rows."""
@@ -43,17 +51,20 @@ class SamplingProgress:
         self._bar.update_absolute(self._done, self._total)
 
     def _preview(self, denoised: Tensor) -> tuple[str, Image.Image, int] | None:
-        """The first rows side by side, as far as each has come."""
-        if self._previewer is None:
+        """The first rows side by side, as far as each has come; None where the last preview was too short ago."""
+        start = time.monotonic()
+        if self._previewer is None or start < self._next_preview:
             return None
         pictures = []
-        kind, largest = "JPEG", 512
-        for row in range(min(len(denoised), MOST_PREVIEWED)):
-            kind, picture, largest = self._previewer.decode_latent_to_preview_image("JPEG", denoised[row : row + 1])
+        for latent in denoised[:MOST_PREVIEWED].split(1):
+            kind, picture, _ = self._previewer.decode_latent_to_preview_image("JPEG", latent)
+            picture.thumbnail((PREVIEW_PX, PREVIEW_PX))
             pictures.append(picture)
         strip = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
         left = 0
         for picture in pictures:
             strip.paste(picture, (left, 0))
             left += picture.width
-        return kind, strip, max(largest, strip.width)
+        end = time.monotonic()
+        self._next_preview = end + (end - start) * (1 / PREVIEW_SHARE - 1)
+        return kind, strip, strip.width

@@ -8,11 +8,10 @@ from typing import Any
 import comfy.model_management
 import comfy.samplers
 import torch
-from comfy.k_diffusion.sampling import BrownianTreeNoiseSampler
 from torch import Tensor
 
 from .comfy_recipe import Recipe, schedule_left
-from .noise import RowStepNoise, row_seed
+from .noise import RowBrownianNoise, RowStepNoise
 from .rows import Conditioning
 
 Callback = Callable[[int, Tensor, Tensor, int], None]
@@ -35,23 +34,14 @@ def row_sampler(sampler: Any, seeds: Sequence[int]) -> Any:
     if "noise_sampler" not in inspect.signature(function).parameters:
         return comfy.samplers.KSAMPLER(function, sampler.extra_options, {})
 
+    # the steps of the DPM++ SDE family overlap in time, those of all others do not
+    is_brownian = "dpmpp" in function.__name__ and "sde" in function.__name__
+
     def sample(model: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
-        noise = _step_noise(function.__name__, x, sigmas, seeds)
+        noise = RowBrownianNoise(x, seeds) if is_brownian else RowStepNoise(x, seeds)
         return function(model, x, sigmas, **(arguments | {"noise_sampler": noise}))
 
     return comfy.samplers.KSAMPLER(sample, sampler.extra_options, {})
-
-
-def _step_noise(function_name: str, x: Tensor, sigmas: Tensor, seeds: Sequence[int]) -> Any:
-    """Brownian noise for the DPM++ SDE family, whose steps overlap in time; independent draws for the others."""
-    is_brownian = "dpmpp" in function_name and "sde" in function_name
-    positive = sigmas[sigmas > 0]
-    if not is_brownian or len(positive) == 0:
-        return RowStepNoise(x, seeds)
-    entropy = [row_seed(seed, "brownian") for seed in seeds]
-    on_cpu = not function_name.endswith("_gpu")
-    # a hair wider than the schedule: rounding between float32 and float64 must not step outside the tree
-    return BrownianTreeNoiseSampler(x, positive.min() * 0.999, sigmas.max() * 1.001, seed=entropy, cpu=on_cpu)
 
 
 def differential_mask(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any]) -> Tensor:

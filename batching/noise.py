@@ -55,3 +55,42 @@ class RowStepNoise:
         shape = self._like.shape[1:]
         noise = torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators])
         return noise.to(self._like)
+
+
+class RowBrownianNoise:
+    """The noise of the DPM++ SDE family, whose queries overlap in time: increments of a Brownian motion for each row.
+
+    Every noise level asked for is a point of the row's path W: beyond the known ones it is drawn as an independent
+    increment, between two of them from the bridge, N(lerp(a, b), (t-a)(b-t)/(b-a)). A tree that could be asked in any
+    order, such as torchsde's, takes many times as long; samplers only ever walk down. Points behind are forgotten.
+    """
+
+    def __init__(self, x: Tensor, seeds: Sequence[int]):
+        self._like = x
+        self._generators = [row_generator(seed, "brownian") for seed in seeds]
+        self._path: dict[float, Tensor] = {}
+
+    def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        start, stop = float(sigma), float(sigma_next)
+        for level in (start, stop):
+            if level not in self._path:
+                self._path[level] = self._point(level)
+        noise = (self._path[stop] - self._path[start]) / (abs(stop - start) ** 0.5 or 1.0)
+        self._path = {level: point for level, point in self._path.items() if level <= max(start, stop)}
+        return noise.to(self._like)
+
+    def _point(self, level: float) -> Tensor:
+        """W at a new noise level: [N,...] float32 on the CPU."""
+        known = self._path
+        if not known:
+            return torch.zeros(self._like.shape)
+        shape = self._like.shape[1:]
+        white = torch.stack([torch.randn(shape, generator=generator) for generator in self._generators])
+        lower, higher = [k for k in known if k < level], [k for k in known if k > level]
+        if not lower or not higher:
+            nearest = min(higher) if higher else max(lower)
+            return known[nearest] + white * abs(level - nearest) ** 0.5
+        below, above = max(lower), min(higher)
+        share = (level - below) / (above - below)
+        spread = ((level - below) * (above - level) / (above - below)) ** 0.5
+        return torch.lerp(known[below], known[above], share) + white * spread

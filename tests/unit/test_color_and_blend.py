@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from luna_refinement.batching.blend import multiband
-from luna_refinement.batching.color import match_color
+from luna_refinement.batching.color import WAVELET_LEVELS, match_color
 from skimage.data import astronaut
+from torch import Tensor
 
 
 def photograph() -> torch.Tensor:
@@ -86,3 +88,32 @@ def test_multiband_keeps_fine_detail_of_each_side() -> None:
     weights[:, 64:] = 1
     blended = multiband(torch.full((128, 128, 3), 0.5), 0.5 + noise, weights)
     assert blended[:, :48].diff(dim=0).abs().mean() < 0.1 * blended[:, 80:].diff(dim=0).abs().mean()
+
+
+def dilated(planes: Tensor) -> Tensor:
+    """The low band of planes [C,H,W] by PyTorch's dilated convolution, in float64."""
+    kernel = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).view(1, 1, 1, 3)
+    for level in range(WAVELET_LEVELS):
+        step = 2**level
+        for k, padding, dilation in (
+            (kernel, (step, step, 0, 0), (1, step)),
+            (kernel.transpose(-1, -2), (0, 0, step, step), (step, 1)),
+        ):
+            padded = F.pad(planes[:, None].double(), padding, mode="replicate")
+            planes = F.conv2d(padded, k, dilation=dilation)[:, 0]
+    return planes
+
+
+@pytest.mark.parametrize("box", [None, (10, 70, 30, 90), (0, 40, 0, 128)])
+def test_wavelet_is_the_normalised_dilated_convolution_of_both_pictures(box: tuple[int, ...] | None) -> None:
+    generator = torch.Generator().manual_seed(4)
+    refined, reference = (torch.rand(96, 128, 3, generator=generator) for _ in range(2))
+    weights = torch.rand(96, 128, generator=generator)
+    if box is not None:
+        inside = torch.zeros_like(weights)
+        inside[box[0] : box[1], box[2] : box[3]] = 1
+        weights = weights * inside
+    total = dilated(weights[None])
+    low = [dilated(picture.movedim(-1, 0) * weights) / total.clamp(min=1e-6) for picture in (reference, refined)]
+    wanted = refined + torch.where(total > 1e-6, low[0] - low[1], 0).movedim(0, -1)
+    assert (match_color(refined, reference, weights, "wavelet") - wanted.clamp(0, 1)).abs().max() < 2e-6

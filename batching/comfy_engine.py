@@ -13,11 +13,12 @@ from ..errors import LunaRuntimeError
 from ..ip_adapter import LayerWeights, RowEmbeds
 from ..ip_adapter.comfy_encode import encode_rows
 from ..ip_adapter.comfy_patch import IPAdapter, patch_model
+from .comfy_chunks import rows_that_fit
 from .comfy_masked import add_masked, encode_masked, reads_masked_picture
 from .comfy_progress import SamplingProgress
 from .comfy_recipe import Recipe, with_denoise
 from .comfy_row_loras import RowLoras
-from .comfy_sampling import prepared_noise, rows_that_fit, sample_rows
+from .comfy_sampling import prepared_noise, sample_rows
 from .concepts import Concept
 from .conditioning import RowConditioning
 from .crops import resample
@@ -142,7 +143,7 @@ class ComfyEngine:
         recipe, shape = self._recipes[rows[0].denoise], rows[0].latent.shape
         chunks = self._limit.parts(
             rows,
-            self._chunk(recipe, len(rows), shape),
+            self._chunk(recipe, rows),
             lambda chunk: self._sample_chunk(chunk, recipe),
             _no_room(rows[0]),
             units_per_item=math.prod(shape),
@@ -153,11 +154,15 @@ class ComfyEngine:
             self._progress.rows_done(len(chunk))
         return done
 
-    def _chunk(self, recipe: Recipe, total: int, latent_shape: Sequence[int]) -> int:
+    def _chunk(self, recipe: Recipe, rows: list[EncodedRow]) -> int:
+        """How many rows to sample at once."""
         if recipe.rows_alone:
             return 1
-        most = self._chunk_size or rows_that_fit(recipe.model, latent_shape)
-        return even_chunk(total, self._limit.at_most(most, math.prod(latent_shape)))
+        shape = rows[0].latent.shape
+        most = self._chunk_size
+        if not most:
+            most = rows_that_fit(recipe.model, shape, self._conditioning.for_rows(rows[:1], _size(rows[0])))
+        return even_chunk(len(rows), self._limit.at_most(most, math.prod(shape)))
 
     def _sample_chunk(self, rows: list[EncodedRow], recipe: Recipe) -> Tensor:
         latents = torch.stack([row.latent for row in rows])

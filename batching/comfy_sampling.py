@@ -109,34 +109,6 @@ def sample_rows(
     return samples.to(comfy.model_management.intermediate_device())
 
 
-def rows_that_fit(model: Any, latent_shape: Sequence[int]) -> int:
-    """How many rows one sampling call can hold by ComfyUI's own estimates; at least 1.
-
-    The measure is the one ComfyUI's sampler uses before each model call: the estimate for the rows (it can run cond
-    and uncond one after the other), times 1.5, must be free. Weights of other models count as free, since ComfyUI
-    unloads them; what is still to be loaded of this model does not.
-
-    Args:
-        model: ModelPatcher.
-        latent_shape: shape of one latent, without the batch.
-    """
-    device = model.load_device
-    free = comfy.model_management.get_free_memory(device)
-    if not comfy.model_management.is_device_cpu(device):
-        free += sum(
-            loaded.model_loaded_memory()
-            for loaded in comfy.model_management.current_loaded_models
-            if loaded.device == device and loaded.model is not None and not loaded.model.is_clone(model)
-        )
-        free -= max(0, model.model_size() - model.loaded_size())
-    return max(1, int(free / max(1, row_bytes(model, latent_shape))))
-
-
-def row_bytes(model: Any, latent_shape: Sequence[int]) -> int:
-    """ComfyUI's estimate of what one row takes while sampling, with the reserve its sampler keeps."""
-    return int(1.5 * model.memory_required([1, *latent_shape]))
-
-
 def prepared_noise(noise: Tensor) -> Tensor:
     """Noise on the device ComfyUI keeps intermediate tensors on."""
     return noise.to(comfy.model_management.intermediate_device(), torch.float32)

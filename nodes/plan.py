@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..batching.comfy_sampling import row_bytes, rows_that_fit
+from ..batching.comfy_chunks import row_bytes, rows_that_fit
 from ..batching.drawing import describe, draw_plan
 from ..batching.grid import TILE_ORDERS, TileSettings, plan_tiles
 from ..batching.plan import MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections, size_notices

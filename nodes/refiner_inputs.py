@@ -10,8 +10,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.color import COLOR_MATCHES
+from ..batching.comfy_chunks import row_bytes
 from ..batching.comfy_recipe import Recipe, SamplingSettings, ksampler_recipe
-from ..batching.comfy_sampling import row_bytes
 from ..batching.plan import AUTO_SIZES, LARGER_AUTO_SIZES
 from ..errors import LunaInputError
 from ..values import shown

@@ -1,0 +1,70 @@
+"""How many rows one sampling call can hold, by ComfyUI's own estimates."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.sampler_helpers
+
+from .rows import Conditioning
+
+MOST_ROWS = 32
+"""Of one call: more gain nothing, cancelling takes longer, and tensors of 2^31 numbers fail."""
+
+
+def rows_that_fit(model: Any, latent_shape: Sequence[int], conditioning: Conditioning | None = None) -> int:
+    """How many rows one sampling call can hold; from 1 to ``MOST_ROWS``.
+
+    The measure is the one ComfyUI's sampler uses before each model call: the estimate for the rows (it can run cond
+    and uncond one after the other), times 1.5, must be free.
+
+    Args:
+        model: ModelPatcher.
+        latent_shape: shape of one latent, without the batch.
+        conditioning: of one row, whose ControlNets and reference latents take room too.
+    """
+    conditioning = conditioning or {}
+    device = model.load_device
+    room = comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory()
+    others, beside = comfy.sampler_helpers.get_additional_models({"": _fields(conditioning)}, model.model_dtype())
+    to_load = 0
+    if not comfy.model_management.is_device_cpu(device):
+        # ComfyUI unloads other models for this one
+        room += sum(
+            loaded.model_loaded_memory()
+            for loaded in comfy.model_management.current_loaded_models
+            if loaded.device == device and loaded.model is not None and not loaded.model.is_clone(model)
+        )
+        to_load = sum(max(0, part.model_size() - part.loaded_size()) for part in {model, *others})
+    return rows_in(int(room), to_load, int(beside), row_bytes(model, latent_shape, conditioning))
+
+
+def rows_in(room: int, to_load: int, beside: int, per_row: int) -> int:
+    """Rows from 1 to ``MOST_ROWS`` that fit in ``room``; all in bytes.
+
+    Args:
+        room: what is free.
+        to_load: weights that are still to come.
+        beside: what ControlNets take to work, whatever the number of rows.
+        per_row: what each row takes.
+    """
+    left = room - to_load - beside
+    if left < per_row:
+        # Weights are streamed for every call: more rows share the way, so half of the room is theirs.
+        left = room // 2 - beside
+    return max(1, min(MOST_ROWS, left // max(1, per_row)))
+
+
+def row_bytes(model: Any, latent_shape: Sequence[int], conditioning: Conditioning | None = None) -> int:
+    """ComfyUI's estimate of what one row takes while sampling, with the reserve its sampler keeps."""
+    shapes: dict[str, list[Any]] = {}
+    for fields in _fields(conditioning or {}):
+        for name, shape in model.model.extra_conds_shapes(**fields).items():
+            if name not in shapes or math.prod(shape) > math.prod(shapes[name][0]):
+                shapes[name] = [shape]
+    return int(1.5 * model.model.memory_required([1, *latent_shape], cond_shapes=shapes))
+
+
+def _fields(conditioning: Conditioning) -> list[dict[str, Any]]:
+    return [fields for conds in conditioning.values() for _, fields in conds]

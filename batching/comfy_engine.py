@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..comfy_memory import MemoryLimit
 from ..errors import LunaRuntimeError
 from ..ip_adapter import LayerWeights, RowEmbeds
 from ..ip_adapter.comfy_encode import encode_rows
+from ..ip_adapter.comfy_encode import views as views_of
 from ..ip_adapter.comfy_patch import IPAdapter, patch_model
 from .comfy_chunks import rows_that_fit
 from .comfy_masked import add_masked, encode_masked, reads_masked_picture
@@ -24,7 +25,7 @@ from .conditioning import RowConditioning
 from .crops import resample
 from .plan import RefinePlan, even_chunk
 from .row_start import RowStart
-from .rows import EncodedRow, Row, resolve_rows
+from .rows import EncodedRow, MaskedPicture, Row, resolve_rows
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,27 @@ class ComfyEngine:
         """What the user should know of what was given to rows; complete after the last call."""
         return [*self._loras.notices, *self._conditioning.notices]
 
-    def anchor(self, rows: Sequence[Row], crops: Tensor) -> list[RowEmbeds | None]:
+    def view(self, rows: Sequence[Row], crops: Tensor) -> list[Tensor | None]:
         if self._anchor is None:
             return [None] * len(rows)
         pictures = [_anchor_picture(row, crop) for row, crop in zip(rows, crops, strict=True)]
-        embeds = encode_rows(self._anchor.adapter, self._anchor.clip_vision, torch.stack(pictures))
-        return [embeds.rows(place, place + 1) for place in range(len(rows))]
+        return list(views_of(self._anchor.clip_vision, torch.stack(pictures)))
 
-    def encode(self, rows: Sequence[Row], crops: Tensor, embeds: Sequence[RowEmbeds | None]) -> list[EncodedRow]:
-        masked: Sequence[Any] = [None] * len(rows)
+    def encode(self, rows: Sequence[Row], crops: Tensor, views: Sequence[Tensor | None]) -> list[EncodedRow]:
+        masked: Sequence[MaskedPicture | None] = [None] * len(rows)
         if self._reads_masked:
             size = (crops.shape[1], crops.shape[2])
             masks = torch.stack([self._start.may_change(row.region, size) for row in rows])
             masked = encode_masked(self._vae, crops, masks)
         latents = self._vae.encode(crops)
-        return [row.encoded(*read) for row, *read in zip(rows, latents, embeds, masked, strict=True)]
+        return [row.encoded(*read) for row, *read in zip(rows, latents, masked, views, strict=True)]
+
+    def anchor(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+        if self._anchor is None:
+            return list(rows)
+        seen = torch.stack([row.view for row in rows if row.view is not None])
+        embeds = encode_rows(self._anchor.adapter, self._anchor.clip_vision, seen)
+        return [replace(row, embed=embeds.rows(place, place + 1)) for place, row in enumerate(rows)]
 
     def sample(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
         """Samples rows of one size in as few calls as memory and what differs between them allow."""

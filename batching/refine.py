@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaRuntimeError
-from ..ip_adapter import RowEmbeds
 from .blend import Blend, multiband
 from .color import ColorMatch, match_color
 from .crops import WINDOW_PX, cut, fit_into, paste, uncut
@@ -28,12 +27,16 @@ class Engine(Protocol):
         """How many px of crops to hold at a time while encoding and decoding; one crop is held whatever its size."""
         ...
 
-    def anchor(self, rows: Sequence[Row], crops: Tensor) -> list[RowEmbeds | None]:
-        """One image embedding for each row with an anchor, made of its own picture or its crop [H,W,3] of [n,H,W,3]."""
+    def view(self, rows: Sequence[Row], crops: Tensor) -> list[Tensor | None]:
+        """What the image encoder sees of each row with an anchor, [s,s,3], from the crops [n,H,W,3] of the input."""
         ...
 
-    def encode(self, rows: Sequence[Row], crops: Tensor, embeds: Sequence[RowEmbeds | None]) -> list[EncodedRow]:
-        """The rows with the latents of their crops [n,H,W,3], and their embeddings."""
+    def encode(self, rows: Sequence[Row], crops: Tensor, views: Sequence[Tensor | None]) -> list[EncodedRow]:
+        """The rows with their views, and with what the models read of their crops [n,H,W,3]."""
+        ...
+
+    def anchor(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+        """The rows of a pass, of any size, with the image embeddings of those that have an anchor."""
         ...
 
     def sample(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
@@ -105,11 +108,13 @@ def refine(
     mask = torch.zeros(canvas.shape[:3]) if keep_mask else None
     before, after = (crop_batch(plan) if keep_crops else None for _ in range(2))
     for turn in plan.passes:
-        batches = [[rows[region.row] for region in batch] for batch in plan.batches(turn)]
-        encoded = [_encode(batch, colours, original, engine, before) for batch in batches]
+        encoded: list[EncodedRow] = []
+        for batch in plan.batches(turn):
+            encoded += _encode([rows[region.row] for region in batch], colours, original, engine, before)
         sampled: dict[int, Tensor] = {}
-        for batch in encoded:
-            sampled.update(zip((row.region.row for row in batch), engine.sample(batch), strict=True))
+        for _, same_size in groupby(engine.anchor(encoded), key=lambda row: row.region.working_size):
+            batch_rows = list(same_size)
+            sampled.update(zip((row.region.row for row in batch_rows), engine.sample(batch_rows), strict=True))
         for region, picture in _decode(plan.paste_order(turn), sampled, engine):
             index = region.image_index
             _paste_back(
@@ -144,25 +149,37 @@ def crop_batch(plan: RefinePlan) -> Tensor:
 def _encode(
     rows: Sequence[Row], canvas: Tensor, original: Tensor, engine: Engine, before: Tensor | None
 ) -> list[EncodedRow]:
-    """Anchors all crops first and encodes them after, so that each model is loaded once.
+    """Rows of one working size, a few crops at a time.
 
-    Rows are anchored by the input picture, and encoded from the canvas as earlier passes left it; the crops that are
+    Rows are anchored by the ``original``, and encoded from the canvas as earlier passes left it; the crops that are
     encoded go into ``before``.
+
+    Args:
+        rows: of one working size.
+        canvas: [B,H,W,3].
+        original: [B,H,W,3], the input picture.
+        engine: the models.
+        before: [N,H,W,3], or None where crops are not kept.
     """
-    size = rows[0].region.working_size
-    parts = list(_parts(rows, size, engine.px_per_batch))
-    embeds = [engine.anchor(part, _crops(part, original)) for part in parts]
     encoded: list[EncodedRow] = []
-    for part, own in zip(parts, embeds, strict=True):
+    for part in _parts(rows, rows[0].region.working_size, engine.px_per_batch):
+        views: list[Tensor | None] = [None] * len(part)
+        if any(row.anchor is not None for row in part):
+            views = engine.view(part, _crops(part, original))
         crops = _crops(part, canvas)
-        encoded += engine.encode(part, crops, own)
+        encoded += engine.encode(part, crops, views)
         if before is not None:
-            for row, crop in zip(part, crops, strict=True):
-                fit_into(before[row.region.row], crop)
+            _keep(before, part, crops)
         del crops  # or two batches of them would be held while the next is cut
     for row in encoded:
         _finite(row.latent, "encoding the crops with vae")
     return encoded
+
+
+def _keep(frames: Tensor, rows: Sequence[Row], crops: Tensor) -> None:
+    """Writes crops [n,h,w,3] to their rows of a batch [N,H,W,3]."""
+    for row, crop in zip(rows, crops, strict=True):
+        fit_into(frames[row.region.row], crop)
 
 
 def _crops(rows: Sequence[Row], images: Tensor) -> Tensor:

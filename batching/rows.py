@@ -56,11 +56,11 @@ class Row:
         return self.region.seed
 
     def encoded(
-        self, latent: Tensor, embed: RowEmbeds | None = None, masked: "MaskedPicture | None" = None
+        self, latent: Tensor, masked: "MaskedPicture | None" = None, view: Tensor | None = None
     ) -> "EncodedRow":
-        """The row, ready to be sampled."""
+        """The row with what the VAE made of its crop."""
         own = {field.name: getattr(self, field.name) for field in fields(Row)}
-        return EncodedRow(latent=latent, embed=embed, masked=masked, **own)
+        return EncodedRow(latent=latent, masked=masked, view=view, **own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +82,15 @@ class EncodedRow(Row):
 
     Attributes:
         latent: [c,h,w].
-        embed: one image embedding, for a row with an anchor.
         masked: for models that read it.
+        view: [s,s,3], what the image encoder sees, for a row with an anchor.
+        embed: one image embedding, made of the view before the row is sampled.
     """
 
     latent: Tensor
-    embed: RowEmbeds | None
-    masked: MaskedPicture | None
+    masked: MaskedPicture | None = None
+    view: Tensor | None = None
+    embed: RowEmbeds | None = None
 
 
 def resolve_rows(

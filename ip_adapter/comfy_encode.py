@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import comfy.clip_model
+import comfy.clip_vision
 import comfy.model_management
 import torch
 from torch import Tensor
@@ -83,19 +85,31 @@ def check_compatible(model: Any, adapter: IPAdapter, clip_vision: Any) -> None:
     check_clip_vision(adapter, clip_vision)
 
 
+def views(clip_vision: Any, images: Tensor) -> Tensor:
+    """What the encoder will see of pictures [N,H,W,C]: [N,s,s,3] in 0..1 at its own size s.
+
+    ComfyUI centre-crops, scales and rounds a picture before it encodes it, and does nothing more to a view. Views are
+    some 20 times smaller than crops, so rows can wait for the encoder without holding theirs.
+    """
+    preprocess = getattr(comfy.clip_model, "clip_preprocess", None) or comfy.clip_vision.clip_preprocess
+    seen = preprocess(images, size=clip_vision.image_size, mean=[0.0] * 3, std=[1.0] * 3)
+    return seen.movedim(1, -1).to(device="cpu", dtype=torch.float32)
+
+
 def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbeds:
     """One embedding per picture.
 
     Args:
         adapter: its projection makes the tokens.
         clip_vision: ComfyUI's CLIP_VISION.
-        images: [N,H,W,C] in 0..1; each is centre-cropped to a square by ComfyUI.
+        images: [N,H,W,C] in 0..1; each is centre-cropped to a square by ComfyUI. Views serve as well.
 
     Returns:
         Tokens in float32 on the CPU. "Without picture" is what the adapters were trained with: zeros for the pooled
         embed, for hidden states those of an encoder input of zeros.
     """
     memory = _memories.setdefault(clip_vision.model, weakref.WeakKeyDictionary()).setdefault(adapter.network, _Memory())
+    images = views(clip_vision, images)
     digests = [_digest(image) for image in images]
     rows = {digest: memory.find(digest) for digest in digests}
     new = [place for place, digest in enumerate(digests) if rows[digest] is None]
@@ -120,12 +134,11 @@ def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbe
 
 
 def _digest(image: Tensor) -> bytes:
-    pixels = image[..., :3].to(device="cpu", dtype=torch.float32).contiguous()
-    return hashlib.blake2b(pixels.numpy().tobytes() + str(tuple(pixels.shape)).encode(), digest_size=16).digest()
+    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()
 
 
 def _encode(clip_vision: Any, images: Tensor, adapter: IPAdapter) -> Tensor:
-    encoded = clip_vision.encode_image(images[..., :3])
+    encoded = clip_vision.encode_image(images)
     output = encoded["image_embeds"] if adapter.layout.reads_pooled else encoded["penultimate_hidden_states"]
     return output.to(device="cpu", dtype=torch.float32)
 

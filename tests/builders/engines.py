@@ -10,7 +10,6 @@ from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import Engine, Refined
 from luna_refinement.batching.refine import refine as refine_rows
 from luna_refinement.batching.rows import EncodedRow, Row, resolve_rows
-from luna_refinement.ip_adapter import RowEmbeds
 from torch import Tensor
 
 
@@ -40,11 +39,14 @@ class ExactEngine:
     px_per_batch: int = 2 * 64**2
     calls: list[list[int]] = field(default_factory=list)
 
-    def anchor(self, rows: Sequence[Row], crops: Tensor) -> list[RowEmbeds | None]:
+    def view(self, rows: Sequence[Row], crops: Tensor) -> list[Tensor | None]:
         return [None] * len(rows)
 
-    def encode(self, rows: Sequence[Row], crops: Tensor, embeds: Sequence[RowEmbeds | None]) -> list[EncodedRow]:
+    def encode(self, rows: Sequence[Row], crops: Tensor, views: Sequence[Tensor | None]) -> list[EncodedRow]:
         return [row.encoded(latent) for row, latent in zip(rows, self.latents(crops), strict=True)]
+
+    def anchor(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+        return list(rows)
 
     def latents(self, crops: Tensor) -> Tensor:
         return F.pixel_unshuffle(crops.movedim(-1, 1), 8)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
 from luna_refinement.batching.rows import MaskedPicture, Row, resolve_rows
-from luna_refinement.ip_adapter import LayerWeights, RowEmbeds
+from luna_refinement.ip_adapter import LayerWeights
 
 SHARED = {"positive": [[torch.zeros(1, 77, 8), {}]], "negative": [[torch.ones(1, 77, 8), {}]]}
 OWN = [[torch.full((1, 77, 8), 2.0), {}]]
@@ -82,9 +82,8 @@ def test_the_row_curve_runs_over_the_rows_of_each_picture(pictures: int, each: i
 
 def test_an_encoded_row_keeps_what_the_row_has() -> None:
     (row,) = resolve_rows(plan("a"), SHARED, 0.4, (Concept("a", loras=(Lora("one", {}, 1.0),)),), anchor_weight=0.7)
-    embed = RowEmbeds(torch.rand(1, 4, 8), torch.zeros(1, 4, 8))
     masked = MaskedPicture(torch.rand(4, 8, 8), torch.ones(1, 64, 64))
-    encoded = row.encoded(torch.rand(4, 8, 8), embed, masked)
+    encoded = row.encoded(torch.rand(4, 8, 8), masked)
     assert isinstance(encoded, Row)
     assert all(getattr(encoded, name) is value for name, value in vars(row).items())
-    assert (encoded.embed, encoded.masked) == (embed, masked)
+    assert encoded.masked is masked

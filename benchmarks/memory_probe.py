@@ -15,20 +15,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import setup
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: ComfyUI has a module ``nodes`` of its own
 
-setup.workspace.import_comfyui()
-setup.workspace.import_pack()
+from harness.comfyui import make_importable
+
+make_importable()
 
 import torch
 import torch.nn.functional as F
-from builders.detections import PlainDetection
-from builders.seeding import generator_for
 from luna_refinement.batching.comfy_engine import ComfyEngine
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, RefinePlan, Region, plan_detections
 from luna_refinement.batching.refine import EncodedRows, refine
 from torch import Tensor
+
+from harness.detections import PlainDetection
+from harness.seeding import generator_for
 
 REGIONS, CROP, CHUNK_ROWS = 30, 1024, 8
 

@@ -6,8 +6,6 @@ from typing import Any
 import comfy.samplers
 import pytest
 import torch
-from builders import tiny
-from builders.refining import Studio, counting, photograph
 from luna_refinement.batching.comfy_sampling import (
     SamplingSettings,
     differential_mask,
@@ -19,6 +17,9 @@ from luna_refinement.batching.concepts import Concept
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.upscale import LunaPrepUpscale
 from luna_refinement.sam3_bridge.detections import Detection, Detections
+
+from harness import tiny
+from harness.refining import Studio, counting, photograph
 
 LEFT, RIGHT = (20.0, 180.0, 120.0, 280.0), (380.0, 60.0, 460.0, 140.0)
 BOUND = 1e-4

@@ -8,8 +8,6 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from builders import tiny
-from builders.refining import Studio, counting, detections, photograph
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.batching.crops import cut
 from luna_refinement.batching.grid import TileSettings, plan_tiles
@@ -23,6 +21,9 @@ from luna_refinement.nodes.upscale import LunaNoiseScaffold, LunaPrepUpscale
 from luna_refinement.sam3_bridge.detections import Detection, Detections
 from safetensors.torch import save_file
 from torch import Tensor
+
+from harness import tiny
+from harness.refining import Studio, counting, detections, photograph
 
 BOUND = 1e-4
 SIDE = 72

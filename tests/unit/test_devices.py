@@ -5,9 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine
-from builders.other_device import OTHER, on_other_device, other_device, values
 from luna_refinement.batching.blend import BLENDS
 from luna_refinement.batching.color import COLOR_MATCHES
 from luna_refinement.batching.drawing import draw_plan
@@ -15,6 +12,10 @@ from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
 from luna_refinement.batching.refine import PasteSettings, refine
 from luna_refinement.batching.upscale import UPSCALE_METHODS, scale_image
+
+from harness.detections import PlainDetection
+from harness.engines import ExactEngine
+from harness.other_device import OTHER, on_other_device, other_device, values
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.crops import cut, uncut
@@ -25,6 +23,9 @@ from luna_refinement.batching.plan import (
 )
 from luna_refinement.batching.refine import refine
 from luna_refinement.batching.weights import MaskWeights
+
+from harness.detections import PlainDetection
+from harness.engines import ExactEngine
 
 BoxPx = tuple[float, float, float, float]
 

@@ -1,13 +1,10 @@
 """Which environment belongs to which ComfyUI, and what is installed into it."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import workspace
+from harness import workspace
 
 
 def a_comfyui(folder: Path, requirements: str = "torch\n") -> Path:

@@ -16,50 +16,22 @@ from ..batching.resting import without_px
 from ..batching.upscale import scale_image
 from ..errors import LunaInputError
 from ..sam3_bridge.from_masks import Picture, as_masks
-from .anchors import anchor_inputs, choose_anchor
+from .anchors import choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
 from .refiner_inputs import (
+    anchor_inputs,
     choose_recipe,
+    chunk_size_input,
     color_match_input,
     custom_sampling_inputs,
     sampling_inputs,
     scaffold_input,
+    tile_inputs,
 )
 from .schema import luna_schema, notice
 
 _ROUNDING = 0.5 / 255
 """What is left of a mask of 1 after scaling, and less than masks of 8 bits can mean."""
-
-
-def tile_inputs() -> list[Any]:
-    """tile_size, min_overlap and feather of the grid."""
-    return [
-        io.Int.Input(
-            "tile_size",
-            default=1024,
-            min=64,
-            max=4096,
-            step=8,
-            tooltip="Side of a tile in px; tiles are refined at this size, so choose one the model was trained on.",
-        ),
-        io.Float.Input(
-            "min_overlap",
-            default=0.125,
-            min=0.0,
-            max=0.5,
-            step=0.005,
-            tooltip="Smallest overlap of neighbouring tiles, as a fraction of the tile. Tiles are spread evenly, so it "
-            "is often more.",
-        ),
-        io.Float.Input(
-            "feather",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="Share of its half of the overlap over which each tile fades out. 0 = hard edges.",
-        ),
-    ]
 
 
 class LunaChessRefiner(io.ComfyNode):
@@ -76,13 +48,9 @@ class LunaChessRefiner(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture or batch to refine, usually upscaled. Alpha is kept."),
                 *sampling_inputs(denoise=0.3),
                 *tile_inputs(),
-                io.Int.Input(
-                    "chunk_size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="Tiles per sampling call; 0 = as many as fit in memory, a whole pass if it does. "
-                    "It changes memory and speed, never the result.",
+                chunk_size_input(
+                    "Tiles per sampling call; 0 = as many as fit in memory, a whole pass if it does. "
+                    "It changes memory and speed, never the result."
                 ),
                 *anchor_inputs(weight=0.4),
                 io.Mask.Input(

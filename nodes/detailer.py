@@ -14,9 +14,6 @@ from ..batching.concepts import Concept, denoise_of
 from ..batching.crops import cut, fit_into
 from ..batching.plan import (
     AUTO_SIZES,
-    LARGER_AUTO_SIZES,
-    MASK_MODES,
-    OVERLAP_MODES,
     CropSettings,
     RefinePlan,
     plan_detections,
@@ -24,13 +21,17 @@ from ..batching.plan import (
 )
 from ..batching.refine import PasteSettings, crop_batch, refine
 from ..batching.resting import without_rows
-from .anchors import anchor_inputs, choose_anchor
+from .anchors import choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
 from .refiner_inputs import (
+    anchor_inputs,
     choose_recipe,
+    chunk_size_input,
     color_match_input,
+    crop_inputs,
     crop_sizes,
     custom_sampling_inputs,
+    overlap_mode_input,
     sampling_inputs,
     scaffold_input,
 )
@@ -51,57 +52,14 @@ class LunaSemanticDetailer(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture or batch of pictures to refine. Alpha is kept as it is."),
                 LunaDetections.Input("detections", tooltip="The regions to refine. None: the picture passes through."),
                 *sampling_inputs(denoise=0.4),
-                io.Int.Input(
-                    "crop_size",
-                    default=1024,
-                    min=0,
-                    max=4096,
-                    step=8,
-                    tooltip="Side in px at which each crop, a square or a strip where the picture is narrower, is "
-                    "refined; regions are scaled to it and back. "
-                    f"0 = automatic: {', '.join(map(str, AUTO_SIZES))}, one batch per size: small regions cost less, "
-                    f"and larger ones get up to {LARGER_AUTO_SIZES[-1]} where the model fits in memory with them.",
-                ),
-                io.Float.Input(
-                    "padding",
-                    default=0.15,
-                    min=0.0,
-                    max=8.0,
-                    step=0.01,
-                    tooltip="Context around each box, as a fraction of its longer side, on each side.",
-                ),
-                io.Int.Input(
-                    "feather",
-                    default=32,
-                    min=0,
-                    max=1024,
-                    tooltip="Width in px of the picture of the soft edge. It lies outside the mask as far as the crop "
-                    "has room, and never covers more than a quarter of a small region.",
-                ),
-                io.Combo.Input(
-                    "mask_mode",
-                    options=list(MASK_MODES),
-                    default="mask",
-                    tooltip="mask: paste what the detection's mask covers. box: paste its whole box.",
-                ),
-                io.Int.Input(
-                    "chunk_size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="Regions per sampling call; 0 = as many as fit in memory, ideally all. "
-                    "It changes memory and speed, never the result.",
+                *crop_inputs(),
+                chunk_size_input(
+                    "Regions per sampling call; 0 = as many as fit in memory, ideally all. "
+                    "It changes memory and speed, never the result."
                 ),
                 *anchor_inputs(weight=0.5),
                 scaffold_input(),
-                io.Combo.Input(
-                    "overlap_mode",
-                    options=list(OVERLAP_MODES),
-                    default="together",
-                    optional=True,
-                    tooltip="together: one batch, overlapping results are blended. waves: overlapping regions run in "
-                    "later batches that already see the earlier results.",
-                ),
+                overlap_mode_input(optional=True),
                 io.Combo.Input(
                     "blend",
                     options=list(BLENDS),

@@ -12,6 +12,7 @@ from ..batching.scaffold import pyramid_noise
 from ..batching.upscale import UPSCALE_METHODS, fitted_size, scale_image
 from ..errors import LunaInputError
 from .checks import check_image, range_notices
+from .refiner_inputs import seed_input
 from .schema import luna_schema, notice
 
 MOST_STRETCHED = 1.05
@@ -102,14 +103,7 @@ class LunaNoiseScaffold(io.ComfyNode):
             search_aliases=["noise", "consistent noise", "pyramid noise"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The model's VAE: gives the latent's channels and scale."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the noise.",
-                ),
+                seed_input("Seed of the noise."),
                 io.Int.Input(
                     "octaves",
                     default=1,

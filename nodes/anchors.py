@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+
 from ..batching.comfy_engine import Anchor
 from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
@@ -10,9 +13,9 @@ from ..ip_adapter.comfy_patch import as_ip_adapter, layers_for, model_supports_a
 
 
 def choose_anchor(
-    model: Any,
+    model: ModelPatcher,
     ip_adapter: Any,
-    clip_vision: Any,
+    clip_vision: ClipVisionModel | None,
     weight: float,
     start_percent: float,
     end_percent: float,

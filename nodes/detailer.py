@@ -3,38 +3,29 @@
 from typing import Any
 
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider, Sampler
+from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..batching.blend import BLENDS
+from ..batching.blend import BLENDS, Blend
+from ..batching.color import ColorMatch
 from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_sampling import SamplingSettings
 from ..batching.concepts import Concept, denoise_of
 from ..batching.crops import cut, fit_into
-from ..batching.plan import (
-    AUTO_SIZES,
-    CropSettings,
-    RefinePlan,
-    plan_detections,
-    size_notices,
-)
+from ..batching.plan import AUTO_SIZES, CropSettings, MaskMode, OverlapMode, RefinePlan, plan_detections, size_notices
 from ..batching.refine import PasteSettings, crop_batch, refine
 from ..batching.resting import without_rows
+from ..ip_adapter import LayerWeights
+from ..sam3_bridge.detections import Detections
+from . import inputs
 from .anchors import choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
-from .refiner_inputs import (
-    anchor_inputs,
-    choose_recipe,
-    chunk_size_input,
-    color_match_input,
-    crop_inputs,
-    crop_sizes,
-    custom_sampling_inputs,
-    overlap_mode_input,
-    sampling_inputs,
-    scaffold_input,
-)
+from .refiner_inputs import choose_recipe, crop_sizes
 from .schema import LunaConcepts, LunaDetections, luna_schema, notice
 
 
@@ -51,15 +42,15 @@ class LunaSemanticDetailer(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The picture or batch of pictures to refine. Alpha is kept as it is."),
                 LunaDetections.Input("detections", tooltip="The regions to refine. None: the picture passes through."),
-                *sampling_inputs(denoise=0.4),
-                *crop_inputs(),
-                chunk_size_input(
+                *inputs.sampling(denoise=0.4),
+                *inputs.crop(),
+                inputs.chunk_size(
                     "Regions per sampling call; 0 = as many as fit in memory, ideally all. "
                     "It changes memory and speed, never the result."
                 ),
-                *anchor_inputs(weight=0.5),
-                scaffold_input(),
-                overlap_mode_input(optional=True),
+                *inputs.anchor(weight=0.5),
+                inputs.scaffold(),
+                inputs.overlap_mode(optional=True),
                 io.Combo.Input(
                     "blend",
                     options=list(BLENDS),
@@ -67,7 +58,7 @@ class LunaSemanticDetailer(io.ComfyNode):
                     optional=True,
                     tooltip="feather: one soft edge. multiband: coarse colours melt in widely, fine detail narrowly.",
                 ),
-                color_match_input(),
+                inputs.color_match(),
                 io.Boolean.Input(
                     "mask_latent",
                     default=True,
@@ -80,7 +71,7 @@ class LunaSemanticDetailer(io.ComfyNode):
                     optional=True,
                     tooltip="Prompt, anchor, denoise or LoRA by the label of a detection (Luna Concept).",
                 ),
-                *custom_sampling_inputs(),
+                *inputs.custom_sampling(),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The picture with refined regions."),
@@ -94,9 +85,9 @@ class LunaSemanticDetailer(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        detections: Any,
-        model: Any,
-        vae: Any,
+        detections: Detections,
+        model: ModelPatcher,
+        vae: VAE,
         positive: list[Any],
         negative: list[Any],
         seed: int,
@@ -108,22 +99,22 @@ class LunaSemanticDetailer(io.ComfyNode):
         crop_size: int,
         padding: float,
         feather: int,
-        mask_mode: Any,
+        mask_mode: MaskMode,
         chunk_size: int,
         ip_adapter: Any = None,
-        clip_vision: Any = None,
+        clip_vision: ClipVisionModel | None = None,
         ip_adapter_weight: float = 0.5,
         ip_adapter_start: float = 0.0,
         ip_adapter_end: float = 1.0,
-        layer_weights: Any = None,
-        noise_scaffold: Any = None,
-        overlap_mode: Any = "together",
-        blend: Any = "feather",
-        color_match: Any = "none",
+        layer_weights: LayerWeights | None = None,
+        noise_scaffold: dict[str, Any] | None = None,
+        overlap_mode: OverlapMode = "together",
+        blend: Blend = "feather",
+        color_match: ColorMatch = "none",
         mask_latent: bool = True,
         concepts: tuple[Concept, ...] = (),
-        guider: Any = None,
-        sampler: Any = None,
+        guider: CFGGuider | None = None,
+        sampler: Sampler | None = None,
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
         check_image(image)
@@ -176,7 +167,7 @@ def _resting(plan: RefinePlan, concepts: tuple[Concept, ...], denoise: float | N
     return {region.row for region in plan.regions if denoise_of(region.label, concepts, denoise) == 0}
 
 
-def _unused(concepts: tuple[Concept, ...], found: Any, anchored: bool) -> list[str]:
+def _unused(concepts: tuple[Concept, ...], found: Detections, anchored: bool) -> list[str]:
     """What of the concepts has no effect on this run."""
     idle = [concept for concept in concepts if not any(concept.matches(item.label) for item in found)]
     labels = ", ".join(sorted({item.label or "(none)" for item in found}))

@@ -2,15 +2,19 @@
 
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_sampling import row_bytes, rows_that_fit
 from ..batching.drawing import describe, draw_plan
-from ..batching.grid import TILE_ORDERS, TileSettings, plan_tiles
-from ..batching.plan import CropSettings, RefinePlan, plan_detections, size_notices
+from ..batching.grid import TILE_ORDERS, TileOrder, TileSettings, plan_tiles
+from ..batching.plan import CropSettings, MaskMode, OverlapMode, RefinePlan, plan_detections, size_notices
+from ..sam3_bridge.detections import Detections
+from . import inputs
 from .checks import check_image, check_models, fitted, latent_cell
-from .refiner_inputs import chunk_size_input, crop_inputs, crop_sizes, overlap_mode_input, steps_input, tile_inputs
+from .refiner_inputs import crop_sizes
 from .schema import LunaDetections, luna_schema
 
 
@@ -28,16 +32,16 @@ class LunaRefinePlan(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture or batch to plan for."),
                 io.Model.Input("model", tooltip="The model: tells how much memory a row takes."),
                 io.Vae.Input("vae", tooltip="The model's VAE: tells the latent's scale."),
-                steps_input("Sampling steps of each call."),
-                *[_of_the_detailer(given) for given in (*crop_inputs(), overlap_mode_input(optional=False))],
-                *tile_inputs(feather="tile_feather"),  # the detailer's feather, in px, stands beside it
+                inputs.steps("Sampling steps of each call."),
+                *[_of_the_detailer(given) for given in (*inputs.crop(), inputs.overlap_mode(optional=False))],
+                *inputs.tile(feather="tile_feather"),  # the detailer's feather, in px, stands beside it
                 io.Combo.Input(
                     "tile_order",
                     options=list(TILE_ORDERS),
                     default="chess",
                     tooltip="chess is what the Chess Refiner does; linear and single are shown for comparison.",
                 ),
-                chunk_size_input("Rows per call; 0 = all that fit."),
+                inputs.chunk_size("Rows per call; 0 = all that fit."),
                 LunaDetections.Input(
                     "detections", optional=True, tooltip="Plan these regions; without it the tiles are planned."
                 ),
@@ -52,20 +56,20 @@ class LunaRefinePlan(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        model: Any,
-        vae: Any,
+        model: ModelPatcher,
+        vae: VAE,
         steps: int,
         crop_size: int,
         padding: float,
         feather: int,
-        mask_mode: Any,
-        overlap_mode: Any,
+        mask_mode: MaskMode,
+        overlap_mode: OverlapMode,
         tile_size: int,
         min_overlap: float,
         tile_feather: float,
-        tile_order: Any,
+        tile_order: TileOrder,
         chunk_size: int,
-        detections: Any = None,
+        detections: Detections | None = None,
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
@@ -90,7 +94,7 @@ def _of_the_detailer(given: Any) -> Any:
     return given
 
 
-def _summary(plan: RefinePlan, model: Any, vae: Any, steps: int, chunk_size: int) -> str:
+def _summary(plan: RefinePlan, model: ModelPatcher, vae: VAE, steps: int, chunk_size: int) -> str:
     ratio = vae.spacial_compression_encode()
     sizes = {region.working_size for region in plan.regions}
     shapes = {size: (vae.latent_channels, size[0] // ratio, size[1] // ratio) for size in sizes}

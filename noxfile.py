@@ -1,6 +1,6 @@
 """The commands of this repository: ``nox -s`` with demo, tests, host, fuzz, lint, bench or train.
 
-They share the environment in ``.cache/venv``, which the first command builds (see scripts/workspace.py); ``host``
+They share the environment in ``.cache/venv``, which the first command builds (see harness/workspace.py); ``host``
 builds one for each ComfyUI that it is shown.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.append(str(ROOT))  # last: ComfyUI has a module ``nodes`` of its own
 
-import workspace  # noqa: E402
+from harness import workspace  # noqa: E402
 
 nox.options.sessions = ["tests"]
 nox.options.default_venv_backend = "none"

@@ -1,12 +1,12 @@
 """Colour matching: takes a refined crop's colours back to those of the picture, measured inside the mask only."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 ColorMatch = Literal["none", "mean_std", "wavelet"]
-COLOR_MATCHES: tuple[ColorMatch, ...] = ("none", "mean_std", "wavelet")
+COLOR_MATCHES: tuple[ColorMatch, ...] = get_args(ColorMatch)
 
 WAVELET_LEVELS = 5
 """Levels of the à trous decomposition; the coarsest blur spans 2^5 px on each side."""

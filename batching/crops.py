@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .geometry import Box, picture_box
@@ -24,7 +25,7 @@ def resample(image: Tensor, height: int, width: int) -> Tensor:
     """Resamples one image [H,W,C] in 0..1 to [height,width,C]: antialiased bicubic, clamped to 0..1."""
     if tuple(image.shape[:2]) == (height, width):
         return image
-    return _resized(_planes(image), height, width)[0].movedim(0, -1).clamp_(0, 1)
+    return rearrange(_resized(_planes(image), height, width), "1 c h w -> h w c").clamp_(0, 1)
 
 
 def cut(image: Tensor, crop: Box, height: int, width: int) -> Tensor:
@@ -69,7 +70,7 @@ def uncut(refined: Tensor, crop: Box, window: Box) -> Tensor:
             planes = _resized(planes, planes.shape[-2], crop.width)[..., part.x1 : part.x2]
         else:
             planes = _resized(planes, crop.height, planes.shape[-1])[..., part.y1 : part.y2, :]
-    return planes[0].movedim(0, -1).clamp_(0, 1)
+    return rearrange(planes, "1 c h w -> h w c").clamp_(0, 1)
 
 
 def paste(canvas: Tensor, refined: Tensor, crop: Box, region: Box, weights: Tensor) -> None:
@@ -97,7 +98,7 @@ def fit_into(frame: Tensor, crop: Tensor) -> None:
 
 def _planes(image: Tensor) -> Tensor:
     """[H,W,C] as [1,C,H,W]; planes are resampled twice as fast as interleaved colours."""
-    return image.movedim(-1, 0)[None].contiguous()
+    return rearrange(image, "h w c -> 1 c h w").contiguous()
 
 
 def _resized(planes: Tensor, height: int, width: int) -> Tensor:

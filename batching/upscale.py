@@ -1,16 +1,17 @@
 """Whole-picture resampling in floating point, for upscaling before and supersampling after a refinement."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 UpscaleMethod = Literal["lanczos", "area", "bicubic"]
-UPSCALE_METHODS: tuple[UpscaleMethod, ...] = ("lanczos", "area", "bicubic")
+UPSCALE_METHODS: tuple[UpscaleMethod, ...] = get_args(UpscaleMethod)
 
 
 def scale_image(image: Tensor, height: int, width: int, method: UpscaleMethod) -> Tensor:
@@ -19,12 +20,12 @@ def scale_image(image: Tensor, height: int, width: int, method: UpscaleMethod) -
         return image
     if method == "lanczos":
         return torch.stack([_lanczos(picture, height, width) for picture in image])
-    planes = image.movedim(-1, 1)
+    planes = rearrange(image, "b h w c -> b c h w")
     if method == "area":
         scaled = F.interpolate(planes, size=(height, width), mode="area")
     else:
         scaled = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return scaled.movedim(1, -1).clamp(0, 1)
+    return rearrange(scaled, "b c h w -> b h w c").clamp(0, 1)
 
 
 def _lanczos(picture: Tensor, height: int, width: int) -> Tensor:

@@ -8,10 +8,19 @@ from typing import Any
 
 import comfy.clip_vision
 import comfy.sd
-from builders import assets, tiny
-from builders.refining import Studio
 from luna_refinement.ip_adapter.comfy_patch import IPAdapter, load_ip_adapter
-from setup import model_file
+
+from harness import assets, tiny
+from harness.refining import Studio
+from harness.workspace import BASE
+
+
+def model_file(relative: str) -> str:
+    """Path of a small model below the workspace's ``models`` folder."""
+    path = BASE / "models" / relative
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: run `nox -s bench`, which makes the small models")
+    return str(path)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,15 +9,16 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
-import anchor_trials
-import setup
 import torch
-from anchor_trials import MODES, Group, Mode, Score, Trials, interval, make_group, scores
 from PIL import Image, ImageDraw
 from report import Report, Table
-from setup import ROOT
 from torch import Tensor
 from tqdm import tqdm
+
+from harness import anchor_trials
+from harness.anchor_trials import MODES, Group, Mode, Score, Trials, interval, make_group, scores
+from harness.comfyui import start_worker
+from harness.workspace import ROOT
 
 DENOISES = (0.4, 0.6, 0.8)
 WEIGHTS = (0.25, 0.5)
@@ -31,7 +32,7 @@ INPUT: _Way = ("none", 0.0, 0.0)
 def run(results: Path) -> Report:
     full = [(mode, denoise, 1.0) for denoise in DENOISES for mode in MODES]
     less = [(mode, denoise, weight) for denoise in DENOISES for weight in WEIGHTS for mode in MODES[:3]]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), setup.start_worker) as workers:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), start_worker) as workers:
         found = _measure(workers, [_Task(number, False, full) for number in range(GROUPS)])
         found_alike = _measure(workers, [_Task(number, True, full) for number in range(GROUPS)])
         weights = _measure(workers, [_Task(number, False, less) for number in range(GROUPS_WEIGHTS)])

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from builders.detections import PlainDetection
-from builders.seeding import generator_for
 from luna_refinement.batching.crops import cut, paste
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
 from report import Report, Table, best_times, median
 from torch import Tensor
+
+from harness.detections import PlainDetection
+from harness.seeding import generator_for
 
 SIDE, REGIONS, FEATHER, REPEATS = 4096, 30, 32, 5
 SIZES = ((200, 1000), (100, 400))

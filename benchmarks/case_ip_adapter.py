@@ -8,13 +8,14 @@ from typing import Any
 import comfy.sample
 import torch
 from bench_models import Models, sd15_files, tiny_models
-from builders.seeding import generator_for
 from comfy.ldm.modules.attention import optimized_attention
 from luna_refinement.ip_adapter import RowEmbeds
 from luna_refinement.ip_adapter.comfy_patch import IPAdapter, layers_for, patch_model
 from report import Report, Table, median, milliseconds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness.seeding import generator_for
 
 ROWS, STEPS, REPEATS = 9, 2, 3
 WEIGHT = 0.5

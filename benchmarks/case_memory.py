@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from report import Report, Table
-from setup import ROOT
+
+from harness.workspace import ROOT
 
 PROBES = (("tiles", 4096), ("tiles", 8192), ("regions", 4096), ("regions", 8192))
 TITLES = {"tiles": "Chess order, 1024 px tiles", "regions": "30 regions at 1024 px, crops kept"}

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from bench_models import Models, sd15_files
-from builders.refining import photograph
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
 from luna_refinement.sam3_bridge.detections import Detection, Detections
 from report import Report, Table, median
 from torch import Tensor
+
+from harness.refining import photograph
 
 ROWS, CROP, STEPS, REPEATS = 9, 128, 4, 3
 

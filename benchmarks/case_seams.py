@@ -20,6 +20,10 @@ from PIL import Image
 from report import Report, Table
 from torch import Tensor
 
+from harness.engines import ExactEngine
+from harness.photographs import PHOTOGRAPHS, square_photograph
+from harness.seams import Seams, disturbance, measure_seams
+
 SIDE, TILE, STEPS = 512, 128, 2
 WHOLE = TileSettings(SIDE)
 GRIDS = {
@@ -77,7 +81,7 @@ def run(results: Path) -> Report:
         tables.append(Table(f"{title}: gradient on tile borders, 1 = no seam", columns, tuple(rows)))
     about = (
         f"{len(PHOTOGRAPHS)} photographs of {SIDE}x{SIDE} px, each as it is and mirrored, {TILE} px tiles (the plan of "
-        "4096 px with 1024 px tiles), all orders with the same measure: see tests/builders/seams.py. The made-up "
+        "4096 px with 1024 px tiles), all orders with the same measure: see harness/seams.py. The made-up "
         "refinement gives every tile a white balance, clouds and detail of its own; the sampled one is the small SD1.5 "
         f"model, {STEPS} steps of euler at denoise 0.3. Worst: the worst of all borders of the grid, over all "
         f"pictures. Drawn: refined, and its change amplified {_AMPLIFIED:g} fold. Target for chess: mean 1.03, worst "

@@ -13,10 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-import setup
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: ComfyUI has a module ``nodes`` of its own
 
-setup.workspace.import_comfyui()
-setup.workspace.import_pack()
+from harness.comfyui import make_importable
+
+make_importable()
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from luna_refinement.batching.comfy_engine import ComfyEngine
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
 from torch import Tensor
+
+from harness.detections import PlainDetection
+from harness.seeding import generator_for
 
 REGIONS, CROP, CHUNK_ROWS = 30, 1024, 8
 

@@ -7,11 +7,16 @@ run.py crop_paste memory     only these
 import argparse
 import importlib
 import os
+import sys
 import time
+from pathlib import Path
 from types import ModuleType
 
-import setup
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: ComfyUI has a module ``nodes`` of its own
 
+from harness.comfyui import make_importable, use_cores
+
+RESULTS = Path(__file__).resolve().parent / "results"
 CASES = ("crop_paste", "memory", "ip_adapter", "overhead", "seams", "anchors")
 
 
@@ -22,10 +27,9 @@ def main() -> None:
     unknown = set(chosen) - set(CASES)
     if unknown:
         parser.error(f"no case {', '.join(sorted(unknown))}: choose from {', '.join(CASES)}")
-    setup.use_cores(os.cpu_count() or 1)
-    setup.workspace.import_comfyui()
-    setup.workspace.import_pack()
-    setup.RESULTS.mkdir(exist_ok=True)
+    use_cores(os.cpu_count() or 1)
+    make_importable()
+    RESULTS.mkdir(exist_ok=True)
     for name in chosen:
         _run(importlib.import_module(f"case_{name}"), name)
 
@@ -36,10 +40,10 @@ def _run(case: ModuleType, name: str) -> None:
     import torch
 
     with torch.inference_mode():  # as ComfyUI runs its nodes
-        report = case.run(setup.RESULTS)
+        report = case.run(RESULTS)
     for table in report.tables:
         print(f"\n{table.markdown()}")
-    path = report.save(setup.RESULTS, time.perf_counter() - start)
+    path = report.save(RESULTS, time.perf_counter() - start)
     print(f"\nsaved to {path}", flush=True)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from ..values import real, shown
+from ..words import split_list
 from .layers import AttentionLayer
 
 _MOST = 100.0
@@ -167,14 +168,12 @@ def parse_layer_weights(text: str) -> tuple[tuple[str, float], ...]:
         LunaInputError: an entry is no pair, or its weight no number or beyond reason.
     """
     pairs = []
-    for entry in re.split(r"[,;\n]", text):
-        if not entry.strip():
-            continue
+    for entry in split_list(text):
         match = _PAIR.fullmatch(entry)
         value = _number(match[2]) if match else None
         if match is None or value is None:
             raise LunaInputError(
-                f"layer_weights: '{entry.strip()}' is no block:weight pair with a weight from -{_MOST:g} to {_MOST:g}. "
+                f"layer_weights: '{entry}' is no block:weight pair with a weight from -{_MOST:g} to {_MOST:g}. "
                 "Write for example 3:0.5, output.4:1.2 or middle:0"
             )
         pairs.append((match[1], value))
@@ -188,13 +187,11 @@ def parse_numbers(text: str, name: str) -> tuple[float, ...]:
         LunaInputError: an entry is no number, or one beyond reason.
     """
     values = []
-    for entry in re.split(r"[,;\n]", text):
-        if not entry.strip():
-            continue
+    for entry in split_list(text):
         value = _number(entry)
         if value is None:
             raise LunaInputError(
-                f"{name} holds '{entry.strip()}', which is no number from -{_MOST:g} to {_MOST:g}: "
+                f"{name} holds '{entry}', which is no number from -{_MOST:g} to {_MOST:g}: "
                 "write for example 1, 0.5, 0.8"
             )
         values.append(value)

@@ -1,69 +1,21 @@
-"""The IP-Adapter inputs the refiners share, and the choice between anchored rows and text only."""
+"""The choice between anchored rows and text only."""
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
 
 from ..batching.comfy_engine import Anchor
 from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_encode import check_compatible
 from ..ip_adapter.comfy_patch import as_ip_adapter, layers_for, model_supports_anchoring
-from .schema import IPAdapterType, LunaLayerWeightsType
-
-
-def anchor_inputs(weight: float) -> list[Any]:
-    """ip_adapter, clip_vision, weight, start and end; ``weight`` is the refiner's default."""
-    return [
-        IPAdapterType.Input(
-            "ip_adapter",
-            optional=True,
-            tooltip="Anchors every region by its own picture. Without it the text alone guides all regions.",
-        ),
-        io.ClipVision.Input(
-            "clip_vision",
-            optional=True,
-            tooltip="The CLIP vision model the IP-Adapter was trained with (usually ViT-H).",
-        ),
-        io.Float.Input(
-            "ip_adapter_weight",
-            default=weight,
-            min=-1.0,
-            max=5.0,
-            step=0.05,
-            optional=True,
-            tooltip="Strength of the anchor.",
-        ),
-        io.Float.Input(
-            "ip_adapter_start",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            optional=True,
-            tooltip="Where in the model's whole schedule the anchor begins to act, 0 = at full noise.",
-        ),
-        io.Float.Input(
-            "ip_adapter_end",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            optional=True,
-            tooltip="Where in the model's whole schedule the anchor stops, 1 = at no noise.",
-        ),
-        LunaLayerWeightsType.Input(
-            "layer_weights",
-            optional=True,
-            tooltip="Strength over the depth of the model (Luna Layer Weights); without it the same everywhere.",
-        ),
-    ]
 
 
 def choose_anchor(
-    model: Any,
+    model: ModelPatcher,
     ip_adapter: Any,
-    clip_vision: Any,
+    clip_vision: ClipVisionModel | None,
     weight: float,
     start_percent: float,
     end_percent: float,

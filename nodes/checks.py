@@ -4,6 +4,8 @@ import math
 from typing import Any, TypeGuard
 
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from torch import Tensor
 from torch.nn import GroupNorm
 
@@ -76,7 +78,7 @@ def range_notices(image: Tensor, name: str = "image") -> list[str]:
     ]
 
 
-def check_models(model: Any, vae: Any, working_px: int) -> None:
+def check_models(model: ModelPatcher, vae: VAE, working_px: int) -> None:
     """The VAE's latents must be the model's, two-dimensional, and the working size must fit them.
 
     Args:
@@ -102,7 +104,7 @@ def check_models(model: Any, vae: Any, working_px: int) -> None:
         raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {cell}")
 
 
-def latent_cell(vae: Any) -> int:
+def latent_cell(vae: VAE) -> int:
     """px of the picture that sides of crops and tiles are multiples of: the VAE's ratio, and at least 8.
 
     Whatever does not fit the ratio a VAE cuts off on all sides, so that its pictures come back moved.
@@ -111,7 +113,7 @@ def latent_cell(vae: Any) -> int:
     return math.lcm(CELL_PX, ratio) if isinstance(ratio, int) else CELL_PX
 
 
-def check_depth(model: Any, vae: Any, working_px: int, name: str, cfg: float) -> None:
+def check_depth(model: ModelPatcher, vae: VAE, working_px: int, name: str, cfg: float) -> None:
     """A UNet halves the latent level by level: what is left of it must be enough for its normalisation.
 
     Only networks with one channel in a group of their normalisation are ever short of numbers, and only where one
@@ -139,7 +141,7 @@ def check_depth(model: Any, vae: Any, working_px: int, name: str, cfg: float) ->
         )
 
 
-def check_scaffold(noise_scaffold: Any, vae: Any, image: Tensor) -> Tensor | None:
+def check_scaffold(noise_scaffold: dict[str, Any] | None, vae: VAE, image: Tensor) -> Tensor | None:
     """The noise of a scaffold LATENT, [1 or B,c,H,W] in latent px, or None when there is none.
 
     Raises:

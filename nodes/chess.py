@@ -3,6 +3,10 @@
 from typing import Any
 
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider, Sampler
+from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -16,51 +20,16 @@ from ..batching.resting import without_px
 from ..batching.row_start import RowStart
 from ..batching.upscale import scale_image
 from ..errors import LunaInputError
+from ..ip_adapter import LayerWeights
 from ..sam3_bridge.from_masks import Picture, as_masks
-from .anchors import anchor_inputs, choose_anchor
+from . import inputs
+from .anchors import choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
-from .refiner_inputs import (
-    choose_recipe,
-    color_match_input,
-    custom_sampling_inputs,
-    sampling_inputs,
-    scaffold_input,
-)
+from .refiner_inputs import choose_recipe
 from .schema import luna_schema, notice
 
 _ROUNDING = 0.5 / 255
 """What is left of a mask of 1 after scaling, and less than masks of 8 bits can mean."""
-
-
-def tile_inputs() -> list[Any]:
-    """tile_size, min_overlap and feather of the grid."""
-    return [
-        io.Int.Input(
-            "tile_size",
-            default=1024,
-            min=64,
-            max=4096,
-            step=8,
-            tooltip="Side of a tile in px; tiles are refined at this size, so choose one the model was trained on.",
-        ),
-        io.Float.Input(
-            "min_overlap",
-            default=0.125,
-            min=0.0,
-            max=0.5,
-            step=0.005,
-            tooltip="Smallest overlap of neighbouring tiles, as a fraction of the tile. Tiles are spread evenly, so it "
-            "is often more.",
-        ),
-        io.Float.Input(
-            "feather",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="Share of its half of the overlap over which each tile fades out. 0 = hard edges.",
-        ),
-    ]
 
 
 class LunaChessRefiner(io.ComfyNode):
@@ -75,17 +44,13 @@ class LunaChessRefiner(io.ComfyNode):
             search_aliases=["tile refiner", "tiled upscale", "ultimate upscale", "4k refine", "tiled diffusion"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture or batch to refine, usually upscaled. Alpha is kept."),
-                *sampling_inputs(denoise=0.3),
-                *tile_inputs(),
-                io.Int.Input(
-                    "chunk_size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="Tiles per sampling call; 0 = as many as fit in memory, a whole pass if it does. "
-                    "It changes memory and speed, never the result.",
+                *inputs.sampling(denoise=0.3),
+                *inputs.tile(),
+                inputs.chunk_size(
+                    "Tiles per sampling call; 0 = as many as fit in memory, a whole pass if it does. "
+                    "It changes memory and speed, never the result."
                 ),
-                *anchor_inputs(weight=0.4),
+                *inputs.anchor(weight=0.4),
                 io.Mask.Input(
                     "refined_mask",
                     optional=True,
@@ -100,7 +65,7 @@ class LunaChessRefiner(io.ComfyNode):
                     optional=True,
                     tooltip="Share of the denoise used where refined_mask is 1: 0 leaves it alone, 1 ignores the mask.",
                 ),
-                scaffold_input(),
+                inputs.scaffold(),
                 io.Float.Input(
                     "output_scale",
                     default=1.0,
@@ -110,8 +75,8 @@ class LunaChessRefiner(io.ComfyNode):
                     optional=True,
                     tooltip="Scales the finished picture by Lanczos: 0.5 makes a crisp 2K picture of a refined 4K one.",
                 ),
-                color_match_input(),
-                *custom_sampling_inputs(),
+                inputs.color_match(),
+                *inputs.custom_sampling(),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The refined picture."),
@@ -123,8 +88,8 @@ class LunaChessRefiner(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        model: Any,
-        vae: Any,
+        model: ModelPatcher,
+        vae: VAE,
         positive: list[Any],
         negative: list[Any],
         seed: int,
@@ -138,18 +103,18 @@ class LunaChessRefiner(io.ComfyNode):
         feather: float,
         chunk_size: int,
         ip_adapter: Any = None,
-        clip_vision: Any = None,
+        clip_vision: ClipVisionModel | None = None,
         ip_adapter_weight: float = 0.4,
         ip_adapter_start: float = 0.0,
         ip_adapter_end: float = 1.0,
-        layer_weights: Any = None,
+        layer_weights: LayerWeights | None = None,
         refined_mask: Tensor | None = None,
         refined_strength: float = 0.5,
-        noise_scaffold: Any = None,
+        noise_scaffold: dict[str, Any] | None = None,
         output_scale: float = 1.0,
-        color_match: Any = "none",
-        guider: Any = None,
-        sampler: Any = None,
+        color_match: ColorMatch = "none",
+        guider: CFGGuider | None = None,
+        sampler: Sampler | None = None,
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
         check_image(image)

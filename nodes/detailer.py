@@ -3,6 +3,10 @@
 from typing import Any
 
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider, Sampler
+from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -12,29 +16,13 @@ from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_recipe import SamplingSettings
 from ..batching.concepts import Concept
 from ..batching.crops import cut, fit_into
-from ..batching.plan import (
-    AUTO_SIZES,
-    LARGER_AUTO_SIZES,
-    MASK_MODES,
-    OVERLAP_MODES,
-    CropSettings,
-    RefinePlan,
-    plan_detections,
-    size_notices,
-)
+from ..batching.plan import AUTO_SIZES, CropSettings, MaskMode, OverlapMode, RefinePlan, plan_detections, size_notices
 from ..batching.refine import PasteSettings, crop_batch, refine
 from ..batching.resting import without_rows
 from ..batching.row_start import RowStart
 from .anchors import anchor_inputs, choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
-from .refiner_inputs import (
-    choose_recipe,
-    color_match_input,
-    crop_sizes,
-    custom_sampling_inputs,
-    sampling_inputs,
-    scaffold_input,
-)
+from .refiner_inputs import choose_recipe, crop_sizes
 from .schema import LunaConcepts, LunaDetections, luna_schema, notice
 
 
@@ -51,58 +39,15 @@ class LunaSemanticDetailer(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The picture or batch of pictures to refine. Alpha is kept as it is."),
                 LunaDetections.Input("detections", tooltip="The regions to refine. None: the picture passes through."),
-                *sampling_inputs(denoise=0.4),
-                io.Int.Input(
-                    "crop_size",
-                    default=1024,
-                    min=0,
-                    max=4096,
-                    step=8,
-                    tooltip="Side in px at which each crop, a square or a strip where the picture is narrower, is "
-                    "refined; regions are scaled to it and back. "
-                    f"0 = automatic: {', '.join(map(str, AUTO_SIZES))}, one batch per size: small regions cost less, "
-                    f"and larger ones get up to {LARGER_AUTO_SIZES[-1]} where the model fits in memory with them.",
+                *inputs.sampling(denoise=0.4),
+                *inputs.crop(),
+                inputs.chunk_size(
+                    "Regions per sampling call; 0 = as many as fit in memory, ideally all. "
+                    "It changes memory and speed, never the result."
                 ),
-                io.Float.Input(
-                    "padding",
-                    default=0.15,
-                    min=0.0,
-                    max=8.0,
-                    step=0.01,
-                    tooltip="Context around each box, as a fraction of its longer side, on each side.",
-                ),
-                io.Int.Input(
-                    "feather",
-                    default=32,
-                    min=0,
-                    max=1024,
-                    tooltip="Width in px of the picture of the soft edge. It lies outside the mask as far as the crop "
-                    "has room, and never covers more than a quarter of a small region.",
-                ),
-                io.Combo.Input(
-                    "mask_mode",
-                    options=list(MASK_MODES),
-                    default="mask",
-                    tooltip="mask: paste what the detection's mask covers. box: paste its whole box.",
-                ),
-                io.Int.Input(
-                    "chunk_size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="Regions per sampling call; 0 = as many as fit in memory, ideally all. "
-                    "It changes memory and speed, never the result.",
-                ),
-                *anchor_inputs(weight=0.5),
-                scaffold_input(),
-                io.Combo.Input(
-                    "overlap_mode",
-                    options=list(OVERLAP_MODES),
-                    default="together",
-                    optional=True,
-                    tooltip="together: one batch, overlapping results are blended. waves: overlapping regions run in "
-                    "later batches that already see the earlier results.",
-                ),
+                *inputs.anchor(weight=0.5),
+                inputs.scaffold(),
+                inputs.overlap_mode(optional=True),
                 io.Combo.Input(
                     "blend",
                     options=list(BLENDS),
@@ -110,7 +55,7 @@ class LunaSemanticDetailer(io.ComfyNode):
                     optional=True,
                     tooltip="feather: one soft edge. multiband: coarse colours melt in widely, fine detail narrowly.",
                 ),
-                color_match_input(),
+                inputs.color_match(),
                 io.Boolean.Input(
                     "mask_latent",
                     default=True,
@@ -123,7 +68,7 @@ class LunaSemanticDetailer(io.ComfyNode):
                     optional=True,
                     tooltip="Prompt, anchor, denoise or LoRA by the label of a detection (Luna Concept).",
                 ),
-                *custom_sampling_inputs(),
+                *inputs.custom_sampling(),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The picture with refined regions."),
@@ -137,9 +82,9 @@ class LunaSemanticDetailer(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        detections: Any,
-        model: Any,
-        vae: Any,
+        detections: Detections,
+        model: ModelPatcher,
+        vae: VAE,
         positive: list[Any],
         negative: list[Any],
         seed: int,
@@ -151,22 +96,22 @@ class LunaSemanticDetailer(io.ComfyNode):
         crop_size: int,
         padding: float,
         feather: int,
-        mask_mode: Any,
+        mask_mode: MaskMode,
         chunk_size: int,
         ip_adapter: Any = None,
-        clip_vision: Any = None,
+        clip_vision: ClipVisionModel | None = None,
         ip_adapter_weight: float = 0.5,
         ip_adapter_start: float = 0.0,
         ip_adapter_end: float = 1.0,
-        layer_weights: Any = None,
-        noise_scaffold: Any = None,
-        overlap_mode: Any = "together",
-        blend: Any = "feather",
-        color_match: Any = "none",
+        layer_weights: LayerWeights | None = None,
+        noise_scaffold: dict[str, Any] | None = None,
+        overlap_mode: OverlapMode = "together",
+        blend: Blend = "feather",
+        color_match: ColorMatch = "none",
         mask_latent: bool = True,
         concepts: tuple[Concept, ...] = (),
-        guider: Any = None,
-        sampler: Any = None,
+        guider: CFGGuider | None = None,
+        sampler: Sampler | None = None,
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
         check_image(image)

@@ -1,7 +1,5 @@
 """What is done with detections once they are found: filter, combine, turn into masks, look at them."""
 
-from typing import Any
-
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
 from ..sam3_bridge.preview import draw_detections, single_masks, union_masks
-from ..sam3_bridge.select import KEEPS, ORDERS, Selection, combine, parse_labels, select
+from ..sam3_bridge.select import KEEPS, ORDERS, Keep, Order, Selection, combine, parse_labels, select
 from .checks import check_image, fitted
 from .detections import CATEGORY, detections_output
 from .schema import LunaDetections, luna_schema, notice
@@ -101,9 +99,9 @@ class LunaDetectionsFilter(io.ComfyNode):
         min_score: float,
         min_size: float,
         max_size: float,
-        keep: Any,
+        keep: Keep,
         max_count: int,
-        order: Any,
+        order: Order,
         nms_iou: float,
     ) -> io.NodeOutput:
         selection = Selection(

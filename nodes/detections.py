@@ -9,7 +9,7 @@ from ..errors import LunaInputError
 from ..sam3_bridge.detections import Detections
 from ..sam3_bridge.from_boxes import from_boxes
 from ..sam3_bridge.from_masks import MASK_THRESHOLD, Picture, from_masks
-from ..sam3_bridge.read_boxes import BOX_FORMATS, parse_boxes, read_label, with_scores
+from ..sam3_bridge.read_boxes import BOX_FORMATS, BoxFormat, parse_boxes, read_label, with_scores
 from ..values import text
 from .checks import check_image
 from .schema import LunaDetections, luna_schema, notice
@@ -137,7 +137,7 @@ class LunaDetectionsFromBoxes(io.ComfyNode):
         bboxes: Any = None,
         masks: Tensor | None = None,
         scores_json: str = "",
-        box_format: Any = BOX_FORMATS[0],
+        box_format: BoxFormat = BOX_FORMATS[0],
     ) -> io.NodeOutput:
         picture = picture_of(image)
         boxes_json, scores_json = text(boxes_json, "boxes_json"), text(scores_json, "scores_json")

@@ -4,14 +4,23 @@ from typing import Any
 
 import folder_paths
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights, RowEmbeds
-from ..ip_adapter.attention import SCALINGS
+from ..ip_adapter.attention import SCALINGS, Scaling
 from ..ip_adapter.comfy_encode import check_clip_vision, check_compatible, encode_rows
-from ..ip_adapter.comfy_patch import as_ip_adapter, layers_for, load_ip_adapter, model_supports_anchoring, patch_model
+from ..ip_adapter.comfy_patch import (
+    IPAdapter,
+    as_ip_adapter,
+    layers_for,
+    load_ip_adapter,
+    model_supports_anchoring,
+    patch_model,
+)
 from ..ip_adapter.layer_weights import LAYER_PRESETS, parse_layer_weights, parse_numbers
 from ..sam3_bridge.from_masks import mask_batch
 from .checks import check_image
@@ -68,7 +77,7 @@ class LunaIPAdapterEmbeds(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, ip_adapter: Any, clip_vision: Any, images: Tensor) -> io.NodeOutput:
+    def execute(cls, ip_adapter: Any, clip_vision: ClipVisionModel, images: Tensor) -> io.NodeOutput:
         adapter = as_ip_adapter(ip_adapter)
         check_clip_vision(adapter, clip_vision)
         check_image(images, "images")
@@ -122,14 +131,14 @@ class LunaApplyIPAdapter(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         ip_adapter: Any,
         weight: float,
         start: float,
         end: float,
-        scaling: Any,
+        scaling: Scaling,
         row_weights: str,
-        clip_vision: Any = None,
+        clip_vision: ClipVisionModel | None = None,
         images: Tensor | None = None,
         embeds: RowEmbeds | None = None,
         layer_weights: LayerWeights | None = None,
@@ -161,7 +170,11 @@ class LunaApplyIPAdapter(io.ComfyNode):
 
 
 def _row_embeds(
-    model: Any, adapter: Any, clip_vision: Any, images: Tensor | None, embeds: RowEmbeds | None
+    model: ModelPatcher,
+    adapter: IPAdapter,
+    clip_vision: ClipVisionModel | None,
+    images: Tensor | None,
+    embeds: RowEmbeds | None,
 ) -> RowEmbeds:
     if embeds is not None:
         if images is not None:

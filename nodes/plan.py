@@ -2,15 +2,18 @@
 
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_chunks import row_bytes, rows_that_fit
 from ..batching.drawing import describe, draw_plan
-from ..batching.grid import TILE_ORDERS, TileSettings, plan_tiles
-from ..batching.plan import MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections, size_notices
+from ..batching.grid import TILE_ORDERS, TileOrder, TileSettings, plan_tiles
+from ..batching.plan import CropSettings, MaskMode, OverlapMode, RefinePlan, plan_detections, size_notices
+from ..sam3_bridge.detections import Detections
+from . import inputs
 from .checks import check_image, check_models, fitted, latent_cell
-from .chess import tile_inputs
 from .refiner_inputs import crop_sizes
 from .schema import LunaDetections, luna_schema
 
@@ -29,31 +32,16 @@ class LunaRefinePlan(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture or batch to plan for."),
                 io.Model.Input("model", tooltip="The model: tells how much memory a row takes."),
                 io.Vae.Input("vae", tooltip="The model's VAE: tells the latent's scale."),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each call."),
-                io.Int.Input(
-                    "crop_size", default=1024, min=0, max=4096, step=8, tooltip="As on the Semantic Detailer; 0 = auto."
-                ),
-                io.Float.Input(
-                    "padding", default=0.15, min=0.0, max=8.0, step=0.01, tooltip="As on the Semantic Detailer."
-                ),
-                io.Int.Input("feather", default=32, min=0, max=1024, tooltip="As on the Semantic Detailer."),
-                io.Combo.Input(
-                    "mask_mode", options=list(MASK_MODES), default="mask", tooltip="As on the Semantic Detailer."
-                ),
-                io.Combo.Input(
-                    "overlap_mode",
-                    options=list(OVERLAP_MODES),
-                    default="together",
-                    tooltip="As on the Semantic Detailer.",
-                ),
-                *[_renamed(tile) for tile in tile_inputs()],
+                inputs.steps("Sampling steps of each call."),
+                *[_of_the_detailer(given) for given in (*inputs.crop(), inputs.overlap_mode(optional=False))],
+                *inputs.tile(feather="tile_feather"),  # the detailer's feather, in px, stands beside it
                 io.Combo.Input(
                     "tile_order",
                     options=list(TILE_ORDERS),
                     default="chess",
                     tooltip="chess is what the Chess Refiner does; linear and single are shown for comparison.",
                 ),
-                io.Int.Input("chunk_size", default=0, min=0, max=4096, tooltip="Rows per call; 0 = all that fit."),
+                inputs.chunk_size("Rows per call; 0 = all that fit."),
                 LunaDetections.Input(
                     "detections", optional=True, tooltip="Plan these regions; without it the tiles are planned."
                 ),
@@ -68,20 +56,20 @@ class LunaRefinePlan(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        model: Any,
-        vae: Any,
+        model: ModelPatcher,
+        vae: VAE,
         steps: int,
         crop_size: int,
         padding: float,
         feather: int,
-        mask_mode: Any,
-        overlap_mode: Any,
+        mask_mode: MaskMode,
+        overlap_mode: OverlapMode,
         tile_size: int,
         min_overlap: float,
         tile_feather: float,
-        tile_order: Any,
+        tile_order: TileOrder,
         chunk_size: int,
-        detections: Any = None,
+        detections: Detections | None = None,
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
@@ -100,14 +88,13 @@ class LunaRefinePlan(io.ComfyNode):
         return io.NodeOutput(draw_plan(image, plan), summary, ui={"text": (summary,)})
 
 
-def _renamed(tile_input: Any) -> Any:
-    """The grid's ``feather`` is a fraction, the detailer's one is px: here both stand side by side."""
-    if tile_input.id == "feather":
-        tile_input.id = "tile_feather"
-    return tile_input
+def _of_the_detailer(given: Any) -> Any:
+    """Refers to the Semantic Detailer, which explains its input."""
+    given.tooltip = "As on the Semantic Detailer" + ("; 0 = auto." if given.id == "crop_size" else ".")
+    return given
 
 
-def _summary(plan: RefinePlan, model: Any, vae: Any, steps: int, chunk_size: int) -> str:
+def _summary(plan: RefinePlan, model: ModelPatcher, vae: VAE, steps: int, chunk_size: int) -> str:
     ratio = vae.spacial_compression_encode()
     sizes = {region.working_size for region in plan.regions}
     shapes = {size: (vae.latent_channels, size[0] // ratio, size[1] // ratio) for size in sizes}

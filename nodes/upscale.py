@@ -4,13 +4,15 @@ import math
 from typing import Any
 
 import torch
+from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.noise import row_generator
 from ..batching.scaffold import pyramid_noise
-from ..batching.upscale import UPSCALE_METHODS, fitted_size, scale_image
+from ..batching.upscale import UPSCALE_METHODS, UpscaleMethod, fitted_size, scale_image
 from ..errors import LunaInputError
+from . import inputs
 from .checks import check_image, range_notices
 from .schema import luna_schema, notice
 
@@ -60,7 +62,7 @@ class LunaPrepUpscale(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image: Tensor, target_size: int, method: Any, multiple_of: int, upscale_model: Any = None
+        cls, image: Tensor, target_size: int, method: UpscaleMethod, multiple_of: int, upscale_model: Any = None
     ) -> io.NodeOutput:
         check_image(image)
         given_width, given_height = image.shape[2], image.shape[1]
@@ -102,14 +104,7 @@ class LunaNoiseScaffold(io.ComfyNode):
             search_aliases=["noise", "consistent noise", "pyramid noise"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The model's VAE: gives the latent's channels and scale."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the noise.",
-                ),
+                inputs.seed("Seed of the noise."),
                 io.Int.Input(
                     "octaves",
                     default=1,
@@ -137,7 +132,7 @@ class LunaNoiseScaffold(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any, seed: int, octaves: int, width: int, height: int, image: Tensor | None = None
+        cls, vae: VAE, seed: int, octaves: int, width: int, height: int, image: Tensor | None = None
     ) -> io.NodeOutput:
         count = 1
         if image is not None:

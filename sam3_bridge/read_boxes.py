@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..words import tidy
 from .detections import LEAST_PX, BoxPx, check_score, format_box
 
 BoxFormat = Literal["x1 y1 x2 y2", "x y width height"]
-BOX_FORMATS: tuple[BoxFormat, ...] = ("x1 y1 x2 y2", "x y width height")
+BOX_FORMATS: tuple[BoxFormat, ...] = get_args(BoxFormat)
 
 MOST_BOXES = 65_536
 """Of one input."""

@@ -5,10 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-import workspace
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: ComfyUI has a module ``nodes`` of its own
 
-sys.path.insert(0, str(workspace.ROOT / "tests"))
-sys.path.append(str(workspace.ROOT))  # last: ComfyUI has a module ``nodes`` of its own
+from harness.comfyui import make_importable
 
 
 def main() -> None:
@@ -16,9 +15,8 @@ def main() -> None:
     family = sys.argv[3]
     sys.argv = sys.argv[:1]
     os.environ["COMFYUI_PATH"] = str(comfyui)
-    workspace.import_comfyui()
-    workspace.import_pack()
-    from builders.model_files import write_models
+    make_importable()
+    from harness.model_files import write_models
 
     start = time.perf_counter()
     write_models(base / "models", family)

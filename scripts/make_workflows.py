@@ -19,19 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import workspace
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: ComfyUI has a module ``nodes`` of its own
 
-sys.path.insert(0, str(workspace.ROOT / "tests"))
-sys.path.append(str(workspace.ROOT))  # last: ComfyUI has a module ``nodes`` of its own
-
-from builders.assets import PAINTED_FACES
-from builders.browser import BrowserError
-from builders.graphs import TRAINED_FILES, WORKFLOWS, Graph, node_id, workflow
-from builders.page import ComfyPage, fresh_base
-from builders.server import ComfyServer, ServerError
 from PIL import Image
 from workflow_notes import DOWNLOADS, NOTES
 
+from harness import workspace
+from harness.assets import PAINTED_FACES
+from harness.browser import BrowserError
+from harness.graphs import TRAINED_FILES, WORKFLOWS, Graph, node_id, workflow
+from harness.page import ComfyPage, fresh_base
+from harness.server import ComfyServer, ServerError
 from training.scenes import FACES
 from training.scenes import FOLDER as DEMO
 

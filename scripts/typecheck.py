@@ -1,4 +1,4 @@
-"""Runs mypy over the pack, the scripts and the shared test builders.
+"""Runs mypy over the pack, the scripts and the shared harness.
 
 The repository root is itself the package, whatever its folder is called: mypy sees it through a link of its name.
 """
@@ -6,14 +6,18 @@ The repository root is itself the package, whatever its folder is called: mypy s
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import workspace
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: ComfyUI has a module ``nodes`` of its own
+
+from harness import workspace
 
 
 def main() -> int:
     links = workspace.CACHE / "typecheck"
     workspace.link_folder(links / workspace.PACK, workspace.ROOT)
-    folders = (links, workspace.comfyui_path(), workspace.ROOT / "tests", workspace.ROOT / "scripts")
+    own = [workspace.ROOT / folder for folder in ("tests", "scripts", "benchmarks", ".")]
+    folders = (links, workspace.comfyui_path(), *own)  # ComfyUI's ``nodes`` before ours
     environment = os.environ | {"MYPYPATH": os.pathsep.join(map(str, folders))}
     command = [
         sys.executable,

@@ -10,7 +10,6 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.supported_models
 import torch
-from builders.clip_files import build_clip_text
 from comfy.clip_model import CLIPVisionModelProjection
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
@@ -19,6 +18,7 @@ from comfy.taesd.taesd import TAESD
 from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter
 from torch import Tensor, nn
 
+from harness.clip_files import build_clip_text
 from training import networks, widen
 from training.weights import TrainedWeights, read
 

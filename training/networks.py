@@ -6,7 +6,6 @@ Import after ComfyUI is on the path and the pack can be imported as ``luna_refin
 from collections.abc import Mapping
 
 import torch
-from builders.vae import build_vae
 from comfy.clip_model import CLIPVisionModelProjection
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -14,6 +13,8 @@ from comfy.ops import disable_weight_init
 from comfy.taesd.taesd import Block, Clamp, conv
 from luna_refinement.ip_adapter.projection import Resampler
 from torch import Tensor, nn
+
+from harness.vae import build_vae
 
 LATENT_CHANNELS = 4
 VAE_WIDTH = 32

@@ -9,10 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: ComfyUI has a module ``nodes`` of its own
 
-import setup  # noqa: E402
+from harness.comfyui import make_importable, use_cores
+from harness.workspace import CACHE
 
 STAGES = ("vae", "pool", "unet", "weights")
 
@@ -21,10 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small models of demo and tests.")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this part; may be given more than once")
     stages = parser.parse_args().stage or STAGES
-    setup.use_cores(os.cpu_count() or 1)
-    setup.workspace.import_comfyui()
-    setup.workspace.import_pack()
-    folder = setup.workspace.CACHE / "training"
+    use_cores(os.cpu_count() or 1)
+    make_importable()
+    folder = CACHE / "training"
     if "vae" in stages:
         from training import train_vae
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders.clip_files import build_clip_text
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
 from torch import Tensor
+
+from harness.clip_files import build_clip_text
 
 _WHO = ("", "a face", "a smiling face", "a person", "a cat", "nine faces on a photograph", "portrait of a woman",
         "sharp, detailed", "blurry, low quality", "a yellow face with sunglasses", "an animal", "a crowd")  # fmt: skip

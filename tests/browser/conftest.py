@@ -1,16 +1,13 @@
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders.browser import find_chromium
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import workspace
-from builders.page import ComfyPage, fresh_base
-from builders.server import ComfyServer
+from harness import workspace
+from harness.browser import find_chromium
+from harness.page import ComfyPage, fresh_base
+from harness.server import ComfyServer
 
 
 @pytest.fixture(scope="module")

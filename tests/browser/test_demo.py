@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders.demo import WORKFLOW_NAMES, demo_graph, place_workflows
-from builders.graphs import change, node_id
-from builders.page import ComfyPage
-from builders.server import ComfyServer
 
+from harness.demo import WORKFLOW_NAMES, demo_graph, place_workflows
+from harness.graphs import change, node_id
+from harness.page import ComfyPage
+from harness.server import ComfyServer
 from training.scenes import FACES, SCENES, Scene
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]

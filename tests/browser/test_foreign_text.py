@@ -4,10 +4,11 @@ import json
 from typing import Any
 
 import pytest
-from builders.assets import ASTRONAUT, SD15_CHECKPOINT
-from builders.browser import BrowserError
-from builders.graphs import Graph
-from builders.page import ComfyPage
+
+from harness.assets import ASTRONAUT, SD15_CHECKPOINT
+from harness.browser import BrowserError
+from harness.graphs import Graph
+from harness.page import ComfyPage
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 

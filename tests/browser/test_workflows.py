@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.browser import BrowserError
-from builders.graphs import WORKFLOWS, Graph, node_id, workflow
-from builders.page import ComfyPage
-from builders.server import ComfyServer
 from PIL import Image
+
+from harness.browser import BrowserError
+from harness.graphs import WORKFLOWS, Graph, node_id, workflow
+from harness.page import ComfyPage
+from harness.server import ComfyServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 

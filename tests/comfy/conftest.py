@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import pytest
-from builders.refining import Studio
+
+from harness.refining import Studio
 
 
 @pytest.fixture(scope="session", params=["sd15", "sdxl"])

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny
-from builders.refining import Studio, counting, detections, photograph
 from luna_refinement.batching.concepts import Concept
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.nodes.detections import LunaDetectionsFromBoxes, LunaDetectionsFromMasks
 from luna_refinement.sam3_bridge.detections import Detections
+
+from harness import tiny
+from harness.refining import Studio, counting, detections, photograph
 
 
 def refused(studio: Studio, match: str, image: torch.Tensor | None = None, found: Any = None, **settings: Any) -> None:

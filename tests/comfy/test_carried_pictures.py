@@ -17,6 +17,11 @@ from luna_refinement.batching.planes import cut_planes
 from luna_refinement.errors import LunaInputError
 from torch import Tensor
 
+from harness import tiny
+from harness.refining import Studio, detections, photograph
+from harness.seeding import generator_for
+from harness.vae import build_vae
+
 LEFT, RIGHT = (16.0, 176.0, 112.0, 272.0), (384.0, 64.0, 448.0, 128.0)
 WHOLE = (0.0, 0.0, 128.0, 128.0)
 

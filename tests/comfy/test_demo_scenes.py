@@ -1,15 +1,11 @@
 """The demo's scenes, refined as its graphs say by the narrow networks: what the files do, at a part of the work."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders.demo import demo_graph
-from builders.graphs import node_id
 from luna_refinement.nodes.chess import LunaChessRefiner
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
 from luna_refinement.nodes.detections import LunaDetectionsFromBoxes
@@ -17,9 +13,9 @@ from luna_refinement.nodes.upscale import LunaPrepUpscale
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import demo
+from harness import demonstration
+from harness.demo import demo_graph
+from harness.graphs import node_id
 from training.family import narrow
 from training.pictures import to_tensor
 from training.scenes import CROWD, FACES, Scene
@@ -52,10 +48,10 @@ def start(scene: Scene) -> Tensor:
     return to_tensor([scene.degraded()]).movedim(1, -1)
 
 
-def gain(scene: Scene, image: Tensor, score: Callable[[demo.Likeness], float]) -> float:
+def gain(scene: Scene, image: Tensor, score: Callable[[demonstration.Likeness], float]) -> float:
     """How much nearer to the truth the faces are on average than at the start."""
     after = Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8))
-    ends, starts = demo.likenesses(after, scene), demo.likenesses(scene.degraded(), scene)
+    ends, starts = demonstration.likenesses(after, scene), demonstration.likenesses(scene.degraded(), scene)
     return float(np.mean([score(end) - score(start) for end, start in zip(ends, starts, strict=True)]))
 
 

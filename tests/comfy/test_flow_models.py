@@ -6,10 +6,11 @@ from typing import Any
 import comfy.sd
 import pytest
 import torch
-from builders import tiny
-from builders.refining import Studio, detections, photograph
-from builders.seeding import generator_for
-from builders.vae import build_vae
+
+from harness import tiny
+from harness.refining import Studio, detections, photograph
+from harness.seeding import generator_for
+from harness.vae import build_vae
 
 
 def conditioning(name: str) -> list[Any]:

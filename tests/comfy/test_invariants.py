@@ -3,9 +3,10 @@
 import comfy.model_management
 import pytest
 import torch
-from builders.refining import BOXES, Studio, counting, detections, photograph
 from comfy_extras.nodes_tomesd import TomePatchModel
 from luna_refinement.errors import LunaRuntimeError
+
+from harness.refining import BOXES, Studio, counting, detections, photograph
 
 BOUND = 1e-4  # of the picture's scale, which is that of the latents divided by the VAE's range
 

@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders import denoiser, tiny
-from builders.anchored_sampling import adapter, anchored, change, embeds, plain_guider, prompts, sample
-from builders.ip_adapter_reference import keys
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import LayerWeights
@@ -15,6 +12,10 @@ from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, layers_for, pa
 from luna_refinement.ip_adapter.layer_weights import LAYER_PRESETS, LayerFactor, parse_layer_weights
 from luna_refinement.ip_adapter.layers import AttentionLayer, attention_layers
 from luna_refinement.nodes.ip_adapter import LunaLayerWeights
+
+from harness import denoiser, tiny
+from harness.anchored_sampling import adapter, anchored, change, embeds, plain_guider, prompts, sample
+from harness.ip_adapter_reference import keys
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,6 @@ import comfy.model_management
 import psutil
 import pytest
 import torch
-from builders import tiny
-from builders.anchored_sampling import ROWS, adapter, anchored, change, embeds, plain_guider, prompts, sample
-from builders.refining import photograph
 from luna_refinement.errors import LunaError, LunaInputError, LunaRuntimeError
 from luna_refinement.ip_adapter import LayerWeights, comfy_encode
 from luna_refinement.ip_adapter.attention import AnchoredAttention, RowAnchors
@@ -22,6 +19,10 @@ from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.projection import KeyValueLayers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness import tiny
+from harness.anchored_sampling import ROWS, adapter, anchored, change, embeds, plain_guider, prompts, sample
+from harness.refining import photograph
 
 
 @contextmanager

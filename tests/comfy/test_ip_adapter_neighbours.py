@@ -14,8 +14,12 @@ import comfy_extras.nodes_model_merging
 import comfy_extras.nodes_tomesd
 import pytest
 import torch
-from builders import denoiser, tiny
-from builders.anchored_sampling import (
+from luna_refinement.ip_adapter.comfy_patch import patch_model
+from luna_refinement.ip_adapter.embeds import RowEmbeds
+from torch import Tensor
+
+from harness import denoiser, tiny
+from harness.anchored_sampling import (
     ROWS,
     SIDE,
     adapter,
@@ -28,10 +32,7 @@ from builders.anchored_sampling import (
     run_node,
     sample,
 )
-from builders.seeding import fan_in_scaled, generator_for
-from luna_refinement.ip_adapter.comfy_patch import patch_model
-from luna_refinement.ip_adapter.embeds import RowEmbeds
-from torch import Tensor
+from harness.seeding import fan_in_scaled, generator_for
 
 BOUND = 2e-5  # float32 rounding of two implementations over two steps
 ACTS = 2e-4  # a change no rounding makes

@@ -9,8 +9,15 @@ import comfy_extras.nodes_perpneg
 import comfy_extras.nodes_sag
 import pytest
 import torch
-from builders import tiny
-from builders.anchored_sampling import (
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from luna_refinement.errors import LunaInputError, LunaRuntimeError
+from luna_refinement.ip_adapter.attention import token_grid
+from luna_refinement.ip_adapter.comfy_patch import patch_model
+from luna_refinement.ip_adapter.embeds import RowEmbeds
+from torch import Tensor
+
+from harness import tiny
+from harness.anchored_sampling import (
     ROWS,
     SIDE,
     adapter,
@@ -24,13 +31,7 @@ from builders.anchored_sampling import (
     run_node,
     sample,
 )
-from builders.ip_adapter_reference import MARKS
-from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from luna_refinement.errors import LunaInputError, LunaRuntimeError
-from luna_refinement.ip_adapter.attention import token_grid
-from luna_refinement.ip_adapter.comfy_patch import patch_model
-from luna_refinement.ip_adapter.embeds import RowEmbeds
-from torch import Tensor
+from harness.ip_adapter_reference import MARKS
 
 BOUND = 2e-5  # float32 rounding of two implementations over two steps
 ACTS = 1e-3  # a change no rounding makes

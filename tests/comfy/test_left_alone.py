@@ -15,6 +15,9 @@ from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.upscale import LunaPrepUpscale
 from luna_refinement.sam3_bridge.detections import Detection, Detections
 
+from harness import tiny
+from harness.refining import Studio, counting, photograph
+
 LEFT, RIGHT = (20.0, 180.0, 120.0, 280.0), (380.0, 60.0, 460.0, 140.0)
 BOUND = 1e-4
 

@@ -9,14 +9,15 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
-from builders import tiny
-from builders.anchored_sampling import adapter
-from builders.refining import Studio, detections, photograph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.comfy_memory import MemoryLimit, is_out_of_memory
 from luna_refinement.errors import LunaRuntimeError
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
+
+from harness import tiny
+from harness.anchored_sampling import adapter
+from harness.refining import Studio, detections, photograph
 
 BOUND = 1e-4
 needs_is_oom = pytest.mark.skipif(

@@ -5,11 +5,12 @@ from typing import Any
 import comfy.sd
 import pytest
 import torch
-from builders.refining import Studio, detections, photograph
-from builders.tiny import seed_weights
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from luna_refinement.nodes.plan import LunaRefinePlan
 from luna_refinement.nodes.upscale import LunaNoiseScaffold
+
+from harness.refining import Studio, detections, photograph
+from harness.tiny import seed_weights
 
 
 @pytest.fixture(scope="module")

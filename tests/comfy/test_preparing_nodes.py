@@ -6,14 +6,15 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from builders.anchored_sampling import run_node
-from builders.refining import Studio, detections, photograph
 from comfy_extras.nodes_upscale_model import UpscaleModelLoader
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.plan import LunaRefinePlan
 from luna_refinement.nodes.upscale import LunaNoiseScaffold, LunaPrepUpscale
 from safetensors.torch import save_file
 from spandrel.architectures.ESRGAN import ESRGAN
+
+from harness.anchored_sampling import run_node
+from harness.refining import Studio, detections, photograph
 
 PLAN = {
     "steps": 20, "crop_size": 64, "padding": 0.15, "feather": 8, "mask_mode": "mask", "overlap_mode": "together",

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny
-from builders.refining import Studio, counting, detections, photograph
 from luna_refinement.batching.comfy_prompts import check_prompts
 from luna_refinement.batching.concepts import Concept
 from luna_refinement.batching.plan import SMALLEST_WORKING
 from luna_refinement.errors import LunaInputError
+
+from harness import tiny
+from harness.refining import Studio, counting, detections, photograph
 
 Prompt = list[list[Any]]
 

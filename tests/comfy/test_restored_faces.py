@@ -3,25 +3,20 @@
 The faces are those of the demo's scenes; ``nox -s bench -- anchors`` measures hundreds.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
-from builders.demo import face_crops
-from builders.photographs import PHOTOGRAPHS, square_photograph
-from builders.seams import Seams, measure_seams
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.ip_adapter import RowEmbeds
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
 from luna_refinement.nodes.chess import LunaChessRefiner
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from anchor_trials import FACES, Group, Mode, Score, Trials, distances, scores
-
+from harness.anchor_trials import FACES, Group, Mode, Score, Trials, distances, scores
+from harness.demo import face_crops
+from harness.photographs import PHOTOGRAPHS, square_photograph
+from harness.seams import Seams, measure_seams
 from training.pictures import SIDE
 from training.scenes import SCENES
 
@@ -126,7 +121,7 @@ def chess(trials: Trials) -> Callable[[TileSettings, int], Tensor]:
 
 
 def test_sampled_tiles_in_chess_order_show_no_seams(chess: Callable[[TileSettings, int], Tensor]) -> None:
-    """By ``builders.seams``; the worst of all borders varies by about 0.1 even where there are no tiles."""
+    """By ``harness.seams``; the worst of all borders varies by about 0.1 even where there are no tiles."""
     images = torch.stack([square_photograph(name, LARGE) for name in SHOWN])
     overlapping, apart, whole = TileSettings(SIDE, 0.125), TileSettings(SIDE, 0, feather=0), TileSettings(LARGE)
     control = chess(whole, 100)

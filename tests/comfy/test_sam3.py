@@ -10,7 +10,6 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from builders.sam3 import IMAGE_PX, QUERIES, tiny_config, tiny_model, write_tiny_sam3
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.folders import SAM3_FOLDER
 from luna_refinement.nodes.sam3 import LunaSAM3Detect, LunaSAM3Loader
@@ -18,6 +17,8 @@ from luna_refinement.sam3_bridge.comfy_sam3 import CONCEPTS_PER_CALL, Sam3, dete
 from luna_refinement.sam3_bridge.concepts import Concept, parse_concepts
 from luna_refinement.sam3_bridge.sam3_files import list_models
 from safetensors.torch import load_file, save_file
+
+from harness.sam3 import IMAGE_PX, QUERIES, tiny_config, tiny_model, write_tiny_sam3
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from builders.sam3 import tiny_model, write_tiny_sam3
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.folders import SAM3_FOLDER
 from luna_refinement.nodes.sam3 import LunaSAM3Loader
 from luna_refinement.sam3_bridge.comfy_sam3 import detect, load_sam3
 from luna_refinement.sam3_bridge.concepts import Concept
+
+from harness.sam3 import tiny_model, write_tiny_sam3
 
 INDEX = "model.safetensors.index.json"
 

@@ -5,8 +5,6 @@ from typing import Any
 import comfy.samplers
 import pytest
 import torch
-from builders import tiny
-from builders.refining import Studio
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from luna_refinement.batching.comfy_recipe import Recipe, SamplingSettings, ksampler_recipe
 from luna_refinement.batching.comfy_sampling import sample_rows
@@ -15,6 +13,9 @@ from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from torch import Tensor
+
+from harness import tiny
+from harness.refining import Studio
 
 SEEDS = [11, 22, 33]
 SHAPE = (4, 16, 16)

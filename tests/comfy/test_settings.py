@@ -24,6 +24,9 @@ from luna_refinement.sam3_bridge.detections import Detection, Detections
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness import tiny
+from harness.refining import Studio, counting, detections, photograph
+
 BOUND = 1e-4
 SIDE = 72
 WHOLE = (0.0, 0.0, float(SIDE), float(SIDE))

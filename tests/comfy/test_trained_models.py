@@ -7,12 +7,12 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from builders.demo import face_crops
-from builders.seeding import StateDict
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
 from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, patch_model
 from torch import Tensor
 
+from harness.demo import face_crops
+from harness.seeding import StateDict
 from training import family
 from training.family import Narrow, narrow
 from training.scenes import FACES

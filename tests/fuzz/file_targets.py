@@ -11,7 +11,6 @@ from typing import Any
 import comfy.sd
 import folder_paths
 import torch
-from builders import tiny
 from fuzz.strategies import FLOATS, json_texts, tensors, texts, values
 from fuzz.target import target
 from hypothesis import strategies as st
@@ -20,6 +19,8 @@ from luna_refinement.nodes.concepts import LunaConcept
 from luna_refinement.sam3_bridge.sam3_files import check_folder, find_model
 from safetensors.torch import save
 from torch import Tensor
+
+from harness import tiny
 
 FOLDER = Path(tempfile.mkdtemp(prefix="luna fuzz "))
 KEEP = -1.0
@@ -185,7 +186,7 @@ def sam3_names(name: str) -> None:
 
 @cache
 def tiny_sam3() -> tuple[Any, dict[str, Tensor]]:
-    from builders.sam3 import tiny_config, tiny_model
+    from harness.sam3 import tiny_config, tiny_model
 
     return tiny_config(512), {name: tensor.clone() for name, tensor in tiny_model(512).state_dict().items()}
 

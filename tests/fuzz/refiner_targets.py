@@ -4,7 +4,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from builders import tiny
 from fuzz.strategies import damaged, masks, numbers, schema_numbers, tensors, texts, values
 from fuzz.target import target
 from hypothesis import strategies as st
@@ -21,6 +20,8 @@ from luna_refinement.nodes.checks import check_scaffold
 from luna_refinement.nodes.ip_adapter import LunaApplyIPAdapter
 from luna_refinement.nodes.refiner_inputs import choose_recipe
 from luna_refinement.sam3_bridge.detections import Detection
+
+from harness import tiny
 
 LAYERS = [AttentionLayer((part, k, 0), k, 32, 768) for part in ("input", "output") for k in range(6)]
 

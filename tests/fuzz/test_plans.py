@@ -26,6 +26,9 @@ from luna_refinement.batching.plan import (
 from luna_refinement.batching.refine import PasteSettings, Refined
 from torch import Tensor
 
+from harness.detections import PlainDetection
+from harness.engines import ExactEngine
+
 LONG = os.environ.get("LUNA_FUZZ") == "long" or "LUNA_FUZZ_EXAMPLES" in os.environ
 
 many = settings(

@@ -1,15 +1,12 @@
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders.pictures import write_pictures
-from builders.server import ComfyServer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import workspace
+from harness import workspace
+from harness.pictures import write_pictures
+from harness.server import ComfyServer
 
 
 @pytest.fixture(scope="session")

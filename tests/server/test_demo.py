@@ -1,16 +1,13 @@
 """The demo on a real server: nine faces come back, in one sampling call."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders.server import ComfyServer
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import demo
+from harness import demonstration
+from harness.server import ComfyServer
 from training.scenes import FACES
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("server")]
@@ -19,10 +16,10 @@ pytestmark = [pytest.mark.server, pytest.mark.xdist_group("server")]
 def test_nine_faces_come_nearer_to_the_truth_in_one_call_and_nothing_else_changes(
     server: ComfyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo.demonstrate(server, FACES, tmp_path)
+    demonstration.demonstrate(server, FACES, tmp_path)
     printed = capsys.readouterr().out
     before, after, truth = (Image.open(tmp_path / f"{name}.png") for name in ("before", "after", "truth"))
-    ends, starts = demo.likenesses(after, FACES), demo.likenesses(before, FACES)
+    ends, starts = demonstration.likenesses(after, FACES), demonstration.likenesses(before, FACES)
     assert np.mean([end.ssim - start.ssim for end, start in zip(ends, starts, strict=True)]) > 0.05, printed
     assert "  1 sampling call of 9 rows, " in printed
     assert all(f"  {face.name} " in printed for face in FACES.faces)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import assets
-from builders.graphs import Graph, change, node_id, workflow
-from builders.pictures import REGIONS, astronaut
-from builders.server import ComfyServer, InterruptedByUser, Run, ServerError
 from PIL import Image
+
+from harness import assets
+from harness.graphs import Graph, change, node_id, workflow
+from harness.pictures import REGIONS, astronaut
+from harness.server import ComfyServer, InterruptedByUser, Run, ServerError
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("server")]
 
@@ -186,7 +187,7 @@ def test_sides_that_are_no_multiple_of_8_keep_their_size(server: ComfyServer) ->
 @pytest.fixture(scope="session")
 def tiny_sam3(server: ComfyServer) -> str:
     """Name of a SAM3 folder with random weights in the server's models."""
-    from builders.sam3 import write_tiny_sam3
+    from harness.sam3 import write_tiny_sam3
 
     name = "luna_tiny_sam3"
     folder = server.base / "models" / "sam3" / name

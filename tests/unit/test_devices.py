@@ -16,6 +16,10 @@ from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detecti
 from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.upscale import UPSCALE_METHODS, scale_image
 
+from harness.detections import PlainDetection
+from harness.engines import ExactEngine
+from harness.other_device import OTHER, on_other_device, other_device, values
+
 
 @pytest.fixture(autouse=True)
 def a_second_device() -> Iterator[None]:

@@ -102,6 +102,13 @@ def test_weights_within_reason_are_read() -> None:
     assert parse_numbers("1, .5\n-2e0", "row_curve") == (1.0, 0.5, -2.0)
 
 
+@pytest.mark.parametrize("text", ["0:1，1：0.5；2:-1", "0:1、1:0.5\r2:-1", " ;0:1;; 1:0.5\n\n2:-1,"])
+def test_lists_of_weights_are_split_as_all_lists_are(text: str) -> None:
+    """With the marks of other keyboards too."""
+    assert parse_layer_weights(text) == (("0", 1.0), ("1", 0.5), ("2", -1.0))
+    assert parse_numbers("1，0.5、; -1", "row_weights") == (1.0, 0.5, -1.0)
+
+
 @pytest.mark.parametrize(
     "text", ["face:" + "9" * 5000, "face:0", "face:-1", "face:1.5", "face:٣", "face:²", "-face:3", "", ","]
 )

@@ -14,6 +14,8 @@ from luna_refinement.batching.plan import RefinePlan, Region, even_chunk
 from luna_refinement.batching.weights import SharedWeights, TileWeights
 from luna_refinement.errors import LunaInputError
 
+from harness.engines import ExactEngine
+
 tile_settings = st.builds(
     TileSettings,
     tile_size=st.integers(2, 40).map(lambda n: n * 32),

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny
-from builders.ip_adapter_reference import keys
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import comfy_patch
 from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, load_ip_adapter
@@ -16,6 +14,9 @@ from luna_refinement.ip_adapter.files import AdapterLayout, read_layout, split_w
 from luna_refinement.ip_adapter.projection import AdapterNetwork
 from safetensors.torch import save_file
 from torch import Tensor
+
+from harness import tiny
+from harness.ip_adapter_reference import keys
 
 SD15_WIDTHS = [320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320, 1280]
 SDXL_WIDTHS = [640] * 4 + [1280] * 50 + [640] * 6 + [1280] * 10

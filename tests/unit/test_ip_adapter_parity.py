@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from builders import denoiser, tiny
-from builders.ip_adapter_reference import decoupled, full_face, keys, linear_projection, resampler
-from builders.seeding import generator_for
 from comfy.utils import unet_to_diffusers
 from diffusers import UNet2DConditionModel
 from luna_refinement.ip_adapter.attention import SCALINGS, AnchoredAttention, AnchorOptions, RowAnchors
 from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter, patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from torch import Tensor
+
+from harness import denoiser, tiny
+from harness.ip_adapter_reference import decoupled, full_face, keys, linear_projection, resampler
+from harness.seeding import generator_for
 
 FLOAT64_BOUND = 1e-5
 DIFFUSERS_BOUND = 1e-4

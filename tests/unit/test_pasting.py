@@ -16,6 +16,11 @@ from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detecti
 from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.weights import MaskWeights, SharedWeights
 
+from harness import pasting
+from harness.detections import PlainDetection
+from harness.engines import ExactEngine
+from harness.pasting import Array
+
 ROUNDING = 2e-5  # of float32, through two resamplings of some hundred taps
 
 seeds = st.integers(0, 2**20)

@@ -24,6 +24,9 @@ from luna_refinement.batching.plan import (
 )
 from luna_refinement.batching.weights import MaskWeights
 
+from harness.detections import PlainDetection
+from harness.engines import ExactEngine
+
 BoxPx = tuple[float, float, float, float]
 
 

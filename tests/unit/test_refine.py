@@ -9,6 +9,9 @@ from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from skimage.data import astronaut
 
+from harness.detections import PlainDetection
+from harness.engines import ExactEngine
+
 
 def photograph(channels: int = 3, height: int = 240, width: int = 256) -> torch.Tensor:
     image = torch.from_numpy(astronaut()[:height, :width]).float()[None] / 255

@@ -8,6 +8,9 @@ from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, plan_detections
 from luna_refinement.batching.resting import ScaledWeights, without_px, without_rows
 
+from harness.detections import PlainDetection
+from harness.engines import ExactEngine
+
 CELL = 8
 
 

@@ -5,11 +5,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from builders.demo import demo_graph
-from builders.graphs import node_id
 from PIL import Image
 from skimage.metrics import structural_similarity
 
+from harness.demo import demo_graph
+from harness.graphs import node_id
 from training import faces
 from training.scenes import FACES, SCENES, Scene
 

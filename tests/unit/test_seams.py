@@ -14,6 +14,10 @@ from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import RefinePlan
 from torch import Tensor
 
+from harness.engines import ExactEngine
+from harness.photographs import PHOTOGRAPHS, square_photograph
+from harness.seams import Seams, borders, disturbance, measure_seams
+
 SIDE, TILE = 512, 128
 RUNS = 4
 

@@ -13,6 +13,8 @@ from luna_refinement.batching.spatial import PictureGuidance
 from luna_refinement.errors import LunaInputError
 from torch import Tensor
 
+from harness.detections import PlainDetection
+
 SIDE, CELL = 512, 8
 LEFT, RIGHT = (16.0, 176.0, 112.0, 272.0), (384.0, 64.0, 448.0, 128.0)
 

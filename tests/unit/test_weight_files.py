@@ -9,7 +9,6 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from builders import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.lora_files import read_lora
@@ -18,6 +17,8 @@ from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, load_ip_adapte
 from luna_refinement.nodes.concepts import LunaConcept
 from safetensors.torch import save_file
 from torch import Tensor
+
+from harness import tiny
 
 PLAIN = tiny.ip_adapter_weights("sd15", "plain")
 PLUS = tiny.ip_adapter_weights("sd15", "plus")

@@ -1,13 +1,12 @@
 """Which environment belongs to which ComfyUI, and what is installed into it."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import workspace
+from harness import workspace
 
 
 def a_comfyui(folder: Path, requirements: str = "torch\n") -> Path:
@@ -52,3 +51,10 @@ def test_a_folder_that_is_no_comfyui_is_named_before_anything_is_made(tmp_path: 
     with pytest.raises(workspace.SetupError, match=f"FOLDER .*{given} is no ComfyUI folder"):
         workspace.set_up_host(folder)
     assert not workspace.host_environment(folder).folder.exists()
+
+
+def test_noxfile_needs_nothing_but_the_standard_library_for_the_workspace() -> None:
+    """Before the first set-up there is no PyTorch, and nox may live in an environment of its own."""
+    code = f"import sys; sys.path.append({str(workspace.ROOT)!r}); from harness import workspace; print(workspace.ROOT)"
+    finished = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert finished.stdout.strip() == str(workspace.ROOT), finished.stderr

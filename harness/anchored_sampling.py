@@ -5,12 +5,13 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from builders import tiny
-from builders.ip_adapter_reference import ContentAdapter, marked
-from builders.seeding import generator_for
 from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter, patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from torch import Tensor
+
+from harness import tiny
+from harness.ip_adapter_reference import ContentAdapter, marked
+from harness.seeding import generator_for
 
 ROWS = 3
 SIDE = 16

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import comfy.latent_formats
-from builders import clip_files, denoiser, ip_adapter_files
-from builders.assets import (
+from safetensors.torch import save_file
+
+from harness import clip_files, denoiser, ip_adapter_files
+from harness.assets import (
     CLIP_VISION,
     FACES_CHECKPOINT,
     FACES_CLIP_VISION,
@@ -22,10 +24,8 @@ from builders.assets import (
     SDXL_UNET,
     SDXL_VAE,
 )
-from builders.seeding import StateDict, to_half
-from builders.vae import build_vae
-from safetensors.torch import save_file
-
+from harness.seeding import StateDict, to_half
+from harness.vae import build_vae
 from training import family as faces_family
 
 CLIP_VISION_HIDDEN, CLIP_VISION_EMBED = 1024, 768  # ViT-L: width of the hidden states, width of the image embeds

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from builders.graphs import Graph
 from PIL import Image
 from torch import Tensor
 
+from harness.graphs import Graph
 from training.pictures import SIDE, to_tensor
 from training.scenes import CROWD, FACES, FOLDER, Face, Scene
 

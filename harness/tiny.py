@@ -14,12 +14,13 @@ import comfy.model_base
 import comfy.sd
 import comfy.supported_models
 import torch
-from builders import denoiser, ip_adapter_files
-from builders.seeding import StateDict, fan_in_scaled, generator_for
-from builders.vae import build_vae
 from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
+
+from harness import denoiser, ip_adapter_files
+from harness.seeding import StateDict, fan_in_scaled, generator_for
+from harness.vae import build_vae
 
 Family = Literal["sd15", "sdxl"]
 

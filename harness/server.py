@@ -22,6 +22,8 @@ from typing import Any
 import websocket
 from PIL import Image
 
+from harness import workspace
+
 Graph = dict[str, dict[str, Any]]
 Event = tuple[str, dict[str, Any]]
 
@@ -143,7 +145,7 @@ class ComfyServer:
     def log_about(self, word: str) -> list[str]:
         """Lines of the log that hold a word, apart from import times and from the names of the folders in use."""
         log = self.log()
-        folders = {self.base, self.comfyui, Path(sys.prefix), Path(__file__).parents[2]}
+        folders = {self.base, self.comfyui, Path(sys.prefix), workspace.ROOT}
         for folder in sorted((str(f) for given in folders for f in (given, given.resolve())), key=len, reverse=True):
             log = log.replace(folder, "")
         return [line for line in log.splitlines() if word in line.lower() and not _IMPORT_TIME.match(line)]

@@ -7,8 +7,9 @@ what is missing there. Colours stay positive on their way, so the ReLUs of the l
 """
 
 import torch
-from builders.seeding import StateDict
 from comfy.taesd.taesd import TAESD
+
+from harness.seeding import StateDict
 
 LATENT_PER_COLOR = 20.0  # width, in model-space latent units, of the colour range 0..1
 INNER_PER_COLOR = 0.6  # the same range before the decoder's tanh(x / 3) * 3, small enough for it to be linear

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import comfy.clip_model
 import torch
-from builders.seeding import StateDict, fan_in_scaled, generator_for, shapes_of
 from comfy.clip_model import CLIPTextModel, CLIPVisionModelProjection
 from comfy.ops import disable_weight_init
+
+from harness.seeding import StateDict, fan_in_scaled, generator_for, shapes_of
 
 _LAYER_GAIN = 0.3  # of the attention and MLP outputs, which the residual stream adds up
 

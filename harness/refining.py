@@ -8,14 +8,15 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from builders import tiny
-from builders.pictures import REGIONS
 from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter
 from luna_refinement.nodes.chess import LunaChessRefiner
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
 from luna_refinement.sam3_bridge.detections import Detection, Detections
 from skimage.data import astronaut
 from torch import Tensor
+
+from harness import tiny
+from harness.pictures import REGIONS
 
 BOXES = tuple(tuple(float(x) for x in box) for box in REGIONS.values())
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from builders.assets import ASTRONAUT, SD15_CHECKPOINT
+from harness.assets import ASTRONAUT, SD15_CHECKPOINT
 
 SAMPLER, SAVE = "6", "8"
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import workspace
-from builders.browser import Browser, BrowserError
-from builders.graphs import Graph
-from builders.pictures import astronaut, write_pictures
-from builders.server import ComfyServer
 from PIL import Image
+
+from harness import workspace
+from harness.browser import Browser, BrowserError
+from harness.graphs import Graph
+from harness.pictures import astronaut, write_pictures
+from harness.server import ComfyServer
 
 EXAMPLE_PICTURE = "example.png"  # ships in the input folder of every ComfyUI; the bundled workflows load it
 

@@ -28,10 +28,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from builders.seeding import generator_for
 from luna_refinement.batching.plan import RefinePlan, Region
 from luna_refinement.batching.weights import SharedWeights, TileWeights
 from torch import Tensor
+
+from harness.seeding import generator_for
 
 _LINE_PX = 1
 """A border's gradient is taken at the line itself and this many px to each side."""

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import skimage.data
-from builders.assets import ASTRONAUT, PAINTED_ASTRONAUT, PAINTED_FACES
 from PIL import Image, ImageDraw
 
+from harness.assets import ASTRONAUT, PAINTED_ASTRONAUT, PAINTED_FACES
 from training.scenes import FACES, SCENES, Box
 
 REGIONS = {

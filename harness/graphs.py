@@ -2,14 +2,13 @@
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
-from builders import assets
+from harness import assets, workspace
 
 Graph = dict[str, dict[str, Any]]
 
-WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+WORKFLOWS = workspace.ROOT / "workflows"
 
 _Files = dict[tuple[str, str], str]
 SMALL_FILES: _Files = {

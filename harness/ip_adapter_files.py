@@ -3,7 +3,8 @@
 from typing import Literal
 
 import torch
-from builders.seeding import StateDict, fan_in_scaled, generator_for
+
+from harness.seeding import StateDict, fan_in_scaled, generator_for
 
 Family = Literal["sd15", "sdxl"]
 

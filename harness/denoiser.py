@@ -20,10 +20,11 @@ K is read from it.
 from collections.abc import Mapping
 
 import torch
-from builders.seeding import StateDict, fan_in_scaled, generator_for, shapes_of, smooth_conv
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 from comfy.model_sampling import ModelSamplingDiscrete
+
+from harness.seeding import StateDict, fan_in_scaled, generator_for, shapes_of, smooth_conv
 
 CHANNELS = 320
 LATENT_CHANNELS = 4

@@ -5,7 +5,6 @@ fails says what to do.
 """
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -171,35 +170,6 @@ def link_folder(link: Path, target: Path) -> None:
         link.symlink_to(target, target_is_directory=True)
 
 
-def import_comfyui() -> None:
-    """Puts ComfyUI on the path, on the CPU where there is no CUDA device.
-
-    Raises:
-        SystemExit: there is no ComfyUI.
-    """
-    comfyui = comfyui_path()
-    if not (comfyui / "comfy").is_dir():
-        raise SystemExit(f"no ComfyUI at {comfyui}: run `nox -s tests`, or set COMFYUI_PATH")
-    sys.path.insert(0, str(comfyui))
-    # As main.py does, before nodes.py puts the comfy folder, which has a utils.py of its own, first on the path.
-    import torch
-    import utils.extra_config  # noqa: F401
-    from comfy.cli_args import args
-
-    args.cpu = not torch.cuda.is_available()
-    args.use_pytorch_cross_attention = True
-
-
-def import_pack() -> None:
-    """Makes the repository importable as ``luna_refinement`` whatever its folder is called."""
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
-    spec.loader.exec_module(module)
-
-
 def _say(text: str) -> None:
     print(f"[set-up] {text}", flush=True)
 
@@ -326,8 +296,8 @@ def _has_torch(environment: Environment) -> bool:
 
 def _make_models(environment: Environment, family: str) -> None:
     """Small models; made anew when what they are made of changes."""
-    builders = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets")
-    sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "tests" / "builders" / f"{name}.py" for name in builders]
+    harness = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets")
+    sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "harness" / f"{name}.py" for name in harness]
     training = ("family.py", "widen.py", "networks.py", "weights.py", "weights/faces.safetensors")
     sources += [ROOT / "training" / name for name in training if family == "faces"]
     stamp = BASE / "models" / f"luna_{family}.sha256"

@@ -6,10 +6,6 @@ from zlib import crc32
 
 import torch
 from bench_models import sd15_files
-from builders.engines import ExactEngine
-from builders.engines import refine as refine_bare
-from builders.photographs import PHOTOGRAPHS, square_photograph
-from builders.seams import Seams, disturbance, measure_seams
 from luna_refinement.batching.comfy_engine import ComfyEngine, rows_for
 from luna_refinement.batching.comfy_recipe import SamplingSettings, ksampler_recipe
 from luna_refinement.batching.grid import TileSettings, plan_tiles
@@ -21,6 +17,7 @@ from report import Report, Table
 from torch import Tensor
 
 from harness.engines import ExactEngine
+from harness.engines import refine as refine_bare
 from harness.photographs import PHOTOGRAPHS, square_photograph
 from harness.seams import Seams, disturbance, measure_seams
 

@@ -21,15 +21,13 @@ make_importable()
 
 import torch
 import torch.nn.functional as F
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine, refine
-from builders.seeding import generator_for
 from luna_refinement.batching.comfy_engine import ComfyEngine
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
 from torch import Tensor
 
 from harness.detections import PlainDetection
+from harness.engines import ExactEngine, refine
 from harness.seeding import generator_for
 
 REGIONS, CROP, CHUNK_ROWS = 30, 1024, 8

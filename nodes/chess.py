@@ -10,6 +10,7 @@ from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..batching.color import ColorMatch
 from ..batching.comfy_engine import ComfyEngine, rows_for
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_recipe import SamplingSettings, least_share

@@ -10,7 +10,8 @@ from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..batching.blend import BLENDS
+from ..batching.blend import BLENDS, Blend
+from ..batching.color import ColorMatch
 from ..batching.comfy_engine import ComfyEngine, rows_for
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_recipe import SamplingSettings
@@ -20,7 +21,10 @@ from ..batching.plan import AUTO_SIZES, CropSettings, MaskMode, OverlapMode, Ref
 from ..batching.refine import PasteSettings, crop_batch, refine
 from ..batching.resting import without_rows
 from ..batching.row_start import RowStart
-from .anchors import anchor_inputs, choose_anchor
+from ..ip_adapter import LayerWeights
+from ..sam3_bridge.detections import Detections
+from . import inputs
+from .anchors import choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
 from .refiner_inputs import choose_recipe, crop_sizes
 from .schema import LunaConcepts, LunaDetections, luna_schema, notice
@@ -152,7 +156,7 @@ class LunaSemanticDetailer(io.ComfyNode):
         )
 
 
-def _unused(concepts: tuple[Concept, ...], found: Any, anchored: bool) -> list[str]:
+def _unused(concepts: tuple[Concept, ...], found: Detections, anchored: bool) -> list[str]:
     """What of the concepts has no effect on this run."""
     idle = [concept for concept in concepts if not any(concept.matches(item.label) for item in found)]
     labels = ", ".join(sorted({item.label or "(none)" for item in found}))

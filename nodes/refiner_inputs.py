@@ -10,7 +10,6 @@ from comfy.samplers import CFGGuider, Sampler
 from comfy.sd import VAE
 from torch import Tensor
 
-from ..batching.color import COLOR_MATCHES
 from ..batching.comfy_chunks import row_bytes
 from ..batching.comfy_recipe import Recipe, SamplingSettings, ksampler_recipe
 from ..batching.plan import AUTO_SIZES, LARGER_AUTO_SIZES

@@ -7,17 +7,13 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from builders import tiny
-from builders.engines import groups
-from builders.refining import Studio, detections, photograph
-from builders.seeding import generator_for
-from builders.vae import build_vae
 from luna_refinement.batching.fields import KINDS
 from luna_refinement.batching.planes import cut_planes
 from luna_refinement.errors import LunaInputError
 from torch import Tensor
 
 from harness import tiny
+from harness.engines import groups
 from harness.refining import Studio, detections, photograph
 from harness.seeding import generator_for
 from harness.vae import build_vae

@@ -5,8 +5,9 @@ from typing import Any
 import comfy.controlnet
 import pytest
 import torch
-from builders import tiny
 from luna_refinement.batching.comfy_chunks import MOST_ROWS, row_bytes, rows_that_fit
+
+from harness import tiny
 
 LATENT = (4, 128, 128)
 

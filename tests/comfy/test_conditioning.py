@@ -6,14 +6,12 @@ import comfy.cldm.cldm
 import comfy.controlnet
 import pytest
 import torch
-from builders import tiny
-from builders.engines import groups
-from builders.refining import BOXES, Studio, counting, detections, photograph
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.errors import LunaInputError
 from luna_refinement.sam3_bridge.detections import Detection, Detections
 
 from harness import tiny
+from harness.engines import groups
 from harness.refining import BOXES, Studio, counting, detections, photograph
 
 BOUND = 1e-4

@@ -6,8 +6,6 @@ from typing import Any
 import comfy.samplers
 import pytest
 import torch
-from builders import tiny
-from builders.refining import Studio, counting, photograph
 from luna_refinement.batching.comfy_recipe import SamplingSettings, ksampler_recipe, least_share, with_denoise
 from luna_refinement.batching.comfy_sampling import differential_mask
 from luna_refinement.batching.concepts import Concept

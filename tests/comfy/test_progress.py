@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import comfy.utils
 import pytest
 import torch
-from builders import tiny
 from comfy.cli_args import LatentPreviewMethod, args
 from luna_refinement.batching.comfy_progress import PREVIEW_PX, PREVIEW_SHARE, SamplingProgress
 from PIL import Image
+
+from harness import tiny
 
 Told = list[tuple[int, int, Image.Image | None]]
 

@@ -7,9 +7,6 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from builders import tiny
-from builders.engines import ExactEngine, refine
-from builders.refining import Studio, counting, detections, photograph
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.batching.crops import cut
 from luna_refinement.batching.grid import TileSettings, plan_tiles
@@ -25,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness import tiny
+from harness.engines import ExactEngine, refine
 from harness.refining import Studio, counting, detections, photograph
 
 BOUND = 1e-4

@@ -6,8 +6,6 @@
 import os
 
 import torch
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine, refine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.blend import BLENDS
@@ -27,7 +25,7 @@ from luna_refinement.batching.refine import PasteSettings, Refined
 from torch import Tensor
 
 from harness.detections import PlainDetection
-from harness.engines import ExactEngine
+from harness.engines import ExactEngine, refine
 
 LONG = os.environ.get("LUNA_FUZZ") == "long" or "LUNA_FUZZ_EXAMPLES" in os.environ
 

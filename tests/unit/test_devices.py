@@ -5,9 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine, refine
-from builders.other_device import OTHER, on_other_device, other_device, values
 from luna_refinement.batching.blend import BLENDS
 from luna_refinement.batching.color import COLOR_MATCHES
 from luna_refinement.batching.drawing import draw_plan
@@ -17,7 +14,7 @@ from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.upscale import UPSCALE_METHODS, scale_image
 
 from harness.detections import PlainDetection
-from harness.engines import ExactEngine
+from harness.engines import ExactEngine, refine
 from harness.other_device import OTHER, on_other_device, other_device, values
 
 

@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-from builders.engines import ExactEngine, refine
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.drawing import describe
@@ -14,7 +13,7 @@ from luna_refinement.batching.plan import RefinePlan, Region, even_chunk
 from luna_refinement.batching.weights import SharedWeights, TileWeights
 from luna_refinement.errors import LunaInputError
 
-from harness.engines import ExactEngine
+from harness.engines import ExactEngine, refine
 
 tile_settings = st.builds(
     TileSettings,

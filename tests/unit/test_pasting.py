@@ -4,10 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import pasting
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine, refine
-from builders.pasting import Array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.blend import MOST_BANDS
@@ -18,7 +14,7 @@ from luna_refinement.batching.weights import MaskWeights, SharedWeights
 
 from harness import pasting
 from harness.detections import PlainDetection
-from harness.engines import ExactEngine
+from harness.engines import ExactEngine, refine
 from harness.pasting import Array
 
 ROUNDING = 2e-5  # of float32, through two resamplings of some hundred taps

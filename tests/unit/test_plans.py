@@ -5,8 +5,6 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine, refine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.crops import cut, uncut
@@ -25,7 +23,7 @@ from luna_refinement.batching.plan import (
 from luna_refinement.batching.weights import MaskWeights
 
 from harness.detections import PlainDetection
-from harness.engines import ExactEngine
+from harness.engines import ExactEngine, refine
 
 BoxPx = tuple[float, float, float, float]
 

@@ -2,15 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine, refine
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
 from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from skimage.data import astronaut
 
 from harness.detections import PlainDetection
-from harness.engines import ExactEngine
+from harness.engines import ExactEngine, refine
 
 
 def photograph(channels: int = 3, height: int = 240, width: int = 256) -> torch.Tensor:

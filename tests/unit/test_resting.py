@@ -1,15 +1,13 @@
 """What a run leaves as it is: rows in no pass, and px that sampling does not reach."""
 
 import torch
-from builders.detections import PlainDetection
-from builders.engines import ExactEngine, refine
 from luna_refinement.batching.geometry import Box
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import CropSettings, plan_detections
 from luna_refinement.batching.resting import ScaledWeights, without_px, without_rows
 
 from harness.detections import PlainDetection
-from harness.engines import ExactEngine
+from harness.engines import ExactEngine, refine
 
 CELL = 8
 

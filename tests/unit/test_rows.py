@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from builders.detections import PlainDetection
 from hypothesis import given
 from hypothesis import strategies as st
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
 from luna_refinement.batching.rows import MaskedPicture, Row, resolve_rows
 from luna_refinement.ip_adapter import LayerWeights
+
+from harness.detections import PlainDetection
 
 SHARED = {"positive": [[torch.zeros(1, 77, 8), {}]], "negative": [[torch.ones(1, 77, 8), {}]]}
 OWN = [[torch.full((1, 77, 8), 2.0), {}]]

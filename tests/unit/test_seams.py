@@ -7,14 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from builders.engines import ExactEngine, refine
-from builders.photographs import PHOTOGRAPHS, square_photograph
-from builders.seams import Seams, borders, disturbance, measure_seams
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import RefinePlan
 from torch import Tensor
 
-from harness.engines import ExactEngine
+from harness.engines import ExactEngine, refine
 from harness.photographs import PHOTOGRAPHS, square_photograph
 from harness.seams import Seams, borders, disturbance, measure_seams
 

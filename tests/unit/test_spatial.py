@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders.detections import PlainDetection
-from builders.engines import groups
 from luna_refinement.batching.conditioning import RowConditioning
 from luna_refinement.batching.plan import CropSettings, Region, plan_detections
 from luna_refinement.batching.rows import Row
@@ -14,6 +12,7 @@ from luna_refinement.errors import LunaInputError
 from torch import Tensor
 
 from harness.detections import PlainDetection
+from harness.engines import groups
 
 SIDE, CELL = 512, 8
 LEFT, RIGHT = (16.0, 176.0, 112.0, 272.0), (384.0, 64.0, 448.0, 128.0)

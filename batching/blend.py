@@ -1,13 +1,13 @@
 """Multiband blending: coarse bands of a crop melt in over a wide edge, fine detail over a narrow one."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Blend = Literal["feather", "multiband"]
-BLENDS: tuple[Blend, ...] = ("feather", "multiband")
+BLENDS: tuple[Blend, ...] = get_args(Blend)
 
 MOST_BANDS = 6
 

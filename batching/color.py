@@ -1,13 +1,13 @@
 """Colour matching: takes a refined crop's colours back to those of the picture, measured inside the mask only."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ColorMatch = Literal["none", "mean_std", "wavelet"]
-COLOR_MATCHES: tuple[ColorMatch, ...] = ("none", "mean_std", "wavelet")
+COLOR_MATCHES: tuple[ColorMatch, ...] = get_args(ColorMatch)
 
 WAVELET_LEVELS = 5
 """Levels of the à trous decomposition; the coarsest blur spans 2^5 px on each side."""
@@ -55,16 +55,15 @@ def _coarse(image: Tensor, weights: Tensor) -> Tensor:
     every blur averages weighted px only, so colours from outside the mask do not leak in.
     """
     planes = torch.cat([image * weights[..., None], weights[..., None]], dim=-1).movedim(-1, 0)[None]
-    kernel = torch.tensor([0.25, 0.5, 0.25]).to(planes).view(1, 1, 1, 3).expand(4, 1, 1, 3)
     for level in range(WAVELET_LEVELS):
         step = min(2**level, min(planes.shape[-2:]) - 1)
         if step < 1:
             break
-        for k, padding, dilation in (
-            (kernel, (step, step, 0, 0), (1, step)),
-            (kernel.transpose(-1, -2), (0, 0, step, step), (step, 1)),
-        ):
-            planes = F.conv2d(F.pad(planes, padding, mode="replicate"), k, dilation=dilation, groups=4)
+        for dim, padding in ((-1, (step, step, 0, 0)), (-2, (0, 0, step, step))):
+            # several times faster than conv2d, which is made for many channels
+            wide, size = F.pad(planes, padding, mode="replicate"), planes.shape[dim]
+            ends = wide.narrow(dim, 0, size) + wide.narrow(dim, 2 * step, size)
+            planes = ends.mul_(0.25).add_(wide.narrow(dim, step, size), alpha=0.5)
     colours, total = planes[0, :3], planes[0, 3:]
     coarse = colours / total.clamp(min=1e-6)
     return torch.where(total > 1e-6, coarse, torch.zeros_like(coarse)).movedim(0, -1)

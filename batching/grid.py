@@ -5,16 +5,16 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import LunaInputError
-from .geometry import Box, ceil_to, picture_box
+from ..picture.boxes import Box, ceil_to, picture_box
 from .noise import region_seed
 from .plan import CELL_PX, RefinePlan, Region
 from .weights import SharedWeights, TileWeights
 
 TileOrder = Literal["chess", "linear", "single"]
-TILE_ORDERS: tuple[TileOrder, ...] = ("chess", "linear", "single")
+TILE_ORDERS: tuple[TileOrder, ...] = get_args(TileOrder)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Whole-picture resampling in floating point, for upscaling before and supersampling after a refinement."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 UpscaleMethod = Literal["lanczos", "area", "bicubic"]
-UPSCALE_METHODS: tuple[UpscaleMethod, ...] = ("lanczos", "area", "bicubic")
+UPSCALE_METHODS: tuple[UpscaleMethod, ...] = get_args(UpscaleMethod)
 
 
 def scale_image(image: Tensor, height: int, width: int, method: UpscaleMethod) -> Tensor:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from builders.detections import PlainDetection
 from builders.seeding import generator_for
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.crops import cut, paste
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.plan import RefinePlan
 from report import Report, Table, best_times, median
 from torch import Tensor
 

@@ -10,7 +10,7 @@ import torch
 from bench_models import Models, sd15_files
 from builders.refining import photograph
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.picture.detections import Detection, Detections
 from report import Report, Table, median
 from torch import Tensor
 

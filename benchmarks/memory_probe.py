@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from builders.detections import PlainDetection
 from builders.seeding import generator_for
 from luna_refinement.batching.comfy_engine import ComfyEngine
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, RefinePlan, Region, plan_detections
+from luna_refinement.batching.plan import RefinePlan, Region
 from luna_refinement.batching.refine import EncodedRows, refine
 from torch import Tensor
 

@@ -11,17 +11,17 @@ from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_sampling import SamplingSettings
 from ..batching.concepts import Concept, denoise_of
-from ..batching.crops import cut, fit_into
-from ..batching.plan import (
+from ..batching.crop_plan import (
     AUTO_SIZES,
     LARGER_AUTO_SIZES,
     MASK_MODES,
     OVERLAP_MODES,
     CropSettings,
-    RefinePlan,
     plan_detections,
     size_notices,
 )
+from ..batching.crops import cut, fit_into
+from ..batching.plan import RefinePlan
 from ..batching.refine import PasteSettings, crop_batch, refine
 from ..batching.resting import without_rows
 from .anchors import anchor_inputs, choose_anchor

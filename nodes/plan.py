@@ -6,9 +6,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_sampling import row_bytes, rows_that_fit
+from ..batching.crop_plan import MASK_MODES, OVERLAP_MODES, CropSettings, plan_detections, size_notices
 from ..batching.drawing import describe, draw_plan
 from ..batching.grid import TILE_ORDERS, TileSettings, plan_tiles
-from ..batching.plan import MASK_MODES, OVERLAP_MODES, CropSettings, RefinePlan, plan_detections, size_notices
+from ..batching.plan import RefinePlan
 from .checks import check_image, check_models, fitted, latent_cell
 from .chess import tile_inputs
 from .refiner_inputs import crop_sizes

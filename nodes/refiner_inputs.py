@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batching.color import COLOR_MATCHES
 from ..batching.comfy_sampling import Recipe, SamplingSettings, ksampler_recipe, row_bytes
-from ..batching.plan import AUTO_SIZES, LARGER_AUTO_SIZES
+from ..batching.crop_plan import AUTO_SIZES, LARGER_AUTO_SIZES
 from ..errors import LunaInputError
 from ..values import shown
 from .checks import is_plain

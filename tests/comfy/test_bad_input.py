@@ -11,7 +11,7 @@ from luna_refinement.batching.concepts import Concept
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.nodes.detections import LunaDetectionsFromBoxes, LunaDetectionsFromMasks
-from luna_refinement.sam3_bridge.detections import Detections
+from luna_refinement.picture.detections import Detections
 
 
 def refused(studio: Studio, match: str, image: torch.Tensor | None = None, found: Any = None, **settings: Any) -> None:

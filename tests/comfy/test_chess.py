@@ -3,10 +3,10 @@
 import pytest
 import torch
 from builders.refining import Studio, counting, photograph
-from luna_refinement.batching.geometry import picture_box
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import LayerWeights
+from luna_refinement.picture.boxes import picture_box
 
 TILES = {"tile_size": 64, "min_overlap": 0.125}
 

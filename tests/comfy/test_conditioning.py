@@ -10,7 +10,7 @@ from builders import tiny
 from builders.refining import BOXES, Studio, counting, detections, photograph
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.errors import LunaInputError
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.picture.detections import Detection, Detections
 
 BOUND = 1e-4
 LEFT, RIGHT = (20.0, 180.0, 120.0, 280.0), (380.0, 60.0, 460.0, 140.0)
@@ -250,7 +250,7 @@ def test_inpaint_models_see_each_row_with_its_mask_greyed_out(tmp_path: Any) -> 
 
 def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
     from luna_refinement.batching.conditioning import Row, RowConditioning
-    from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 
     image = photograph()
     found = detections(image, [LEFT, RIGHT, BOXES[1]])
@@ -271,7 +271,7 @@ def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
 
 def test_reference_latents_of_the_picture_are_cut_and_others_kept(sd15: Studio) -> None:
     from luna_refinement.batching.conditioning import Row, RowConditioning
-    from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 
     image = photograph()
     plan = plan_detections(detections(image, [LEFT, RIGHT]).items, 512, 512, 1, CropSettings(80, 0.0, 0), seed=0)

@@ -8,7 +8,7 @@ from builders import tiny
 from builders.refining import Studio, counting, detections, photograph
 from luna_refinement.batching.comfy_prompts import check_prompts
 from luna_refinement.batching.concepts import Concept
-from luna_refinement.batching.plan import SMALLEST_WORKING
+from luna_refinement.batching.crop_plan import SMALLEST_WORKING
 from luna_refinement.errors import LunaInputError
 
 Prompt = list[list[Any]]

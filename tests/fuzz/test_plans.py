@@ -12,18 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.blend import BLENDS
 from luna_refinement.batching.color import COLOR_MATCHES, ColorMatch
-from luna_refinement.batching.geometry import picture_box
-from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
-from luna_refinement.batching.plan import (
+from luna_refinement.batching.crop_plan import (
     MASK_MODES,
     OVERLAP_MODES,
     SMALLEST_CROP,
     SMALLEST_WORKING,
     CropSettings,
-    RefinePlan,
     plan_detections,
 )
+from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings, Refined, refine
+from luna_refinement.picture.boxes import picture_box
 from torch import Tensor
 
 LONG = os.environ.get("LUNA_FUZZ") == "long" or "LUNA_FUZZ_EXAMPLES" in os.environ

@@ -16,9 +16,10 @@ from luna_refinement.nodes.detection_tools import (
     LunaDetectionsPreview,
     LunaDetectionsToMask,
 )
-from luna_refinement.sam3_bridge.detections import Detection, Detections, rasterise
+from luna_refinement.picture.detections import Detection, Detections
+from luna_refinement.picture.drawing import draw_detections, row_colour
+from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.overlaps import box_iou, mask_iou, without_overlaps
-from luna_refinement.sam3_bridge.preview import draw_detections, row_colour
 from luna_refinement.sam3_bridge.select import (
     LabelPatterns,
     Selection,

@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.upscale import fitted_size
 from luna_refinement.errors import LunaInputError
-from luna_refinement.sam3_bridge.detections import Detection, Detections, outward_px, rasterise, same_aspect
-from luna_refinement.sam3_bridge.preview import union_masks
+from luna_refinement.picture.boxes import outward_px
+from luna_refinement.picture.detections import Detection, Detections, same_aspect
+from luna_refinement.picture.masks import rasterise, union_masks
 
 SIDE = 4096
 

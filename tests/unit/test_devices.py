@@ -10,9 +10,10 @@ from builders.engines import ExactEngine
 from builders.other_device import OTHER, on_other_device, other_device, values
 from luna_refinement.batching.blend import BLENDS
 from luna_refinement.batching.color import COLOR_MATCHES
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.drawing import draw_plan
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings, refine
 from luna_refinement.batching.upscale import UPSCALE_METHODS, scale_image
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.detections import LunaDetectionsFromMasks
-from luna_refinement.sam3_bridge.detections import MOST_DETECTIONS, rasterise
+from luna_refinement.picture.detections import MOST_DETECTIONS
+from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.from_masks import SOFT_EDGE, Picture, from_masks
 
 PICTURE = Picture(96, 64, 1)

@@ -11,11 +11,12 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement import lettering
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.drawing import describe, draw_plan
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
-from luna_refinement.lettering import fonts, letter
-from luna_refinement.sam3_bridge.detections import Detection, Detections
-from luna_refinement.sam3_bridge.preview import draw_detections
+from luna_refinement.batching.plan import RefinePlan
+from luna_refinement.picture.detections import Detection, Detections
+from luna_refinement.picture.drawing import draw_detections
+from luna_refinement.picture.lettering import fonts, letter
 from PIL import Image, ImageDraw
 
 CJK = "人脸顔手얼굴かお"

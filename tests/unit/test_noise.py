@@ -3,8 +3,8 @@
 from itertools import combinations
 
 import torch
-from luna_refinement.batching.geometry import Box
 from luna_refinement.batching.noise import RowStepNoise, region_seed, row_noise
+from luna_refinement.picture.boxes import Box
 
 
 def test_crops_that_differ_in_any_side_have_seeds_of_their_own() -> None:

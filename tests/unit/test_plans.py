@@ -10,21 +10,19 @@ from builders.detections import PlainDetection
 from builders.engines import ExactEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from luna_refinement.batching.crops import cut, uncut
-from luna_refinement.batching.geometry import Box, picture_box
-from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import (
+from luna_refinement.batching.crop_plan import (
     AUTO_SIZES,
     LARGER_AUTO_SIZES,
     CropSettings,
-    RefinePlan,
-    Region,
-    name_rows,
     plan_detections,
     size_notices,
 )
+from luna_refinement.batching.crops import cut, uncut
+from luna_refinement.batching.grid import TileSettings, plan_tiles
+from luna_refinement.batching.plan import RefinePlan, Region, name_rows
 from luna_refinement.batching.refine import refine
 from luna_refinement.batching.weights import MaskWeights
+from luna_refinement.picture.boxes import Box, picture_box
 
 BoxPx = tuple[float, float, float, float]
 

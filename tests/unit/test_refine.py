@@ -4,7 +4,8 @@ import pytest
 import torch
 from builders.detections import PlainDetection
 from builders.engines import ExactEngine
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings, refine
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from skimage.data import astronaut

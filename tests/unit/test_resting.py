@@ -3,11 +3,11 @@
 import torch
 from builders.detections import PlainDetection
 from builders.engines import ExactEngine
-from luna_refinement.batching.geometry import Box
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, plan_detections
 from luna_refinement.batching.refine import refine
 from luna_refinement.batching.resting import ScaledWeights, without_px, without_rows
+from luna_refinement.picture.boxes import Box
 
 CELL = 8
 

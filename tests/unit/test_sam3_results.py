@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from luna_refinement.errors import LunaInputError
+from luna_refinement.picture.detections import Detection
+from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.concepts import Concept, parse_concepts
-from luna_refinement.sam3_bridge.detections import Detection, rasterise
 from luna_refinement.sam3_bridge.from_masks import Picture
 from luna_refinement.sam3_bridge.sam3_results import FINER, arrange, read_outputs, without
 from torch import Tensor

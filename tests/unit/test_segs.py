@@ -14,7 +14,8 @@ from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.checks import fitted
 from luna_refinement.nodes.detection_tools import PER_PICTURE, LunaDetectionsFilter, LunaDetectionsToMask
 from luna_refinement.nodes.segs import LunaDetectionsFromSEGS, LunaDetectionsToSEGS
-from luna_refinement.sam3_bridge.detections import Detection, Detections, rasterise
+from luna_refinement.picture.detections import Detection, Detections
+from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.segs import crop_region, from_segs, to_segs
 from luna_refinement.sam3_bridge.select import combine
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from builders.detections import PlainDetection
 from luna_refinement.batching.conditioning import Row, RowConditioning
-from luna_refinement.batching.plan import CropSettings, Region, plan_detections
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
+from luna_refinement.batching.plan import Region
 from luna_refinement.batching.spatial import PictureGuidance
 from luna_refinement.errors import LunaInputError
 from torch import Tensor

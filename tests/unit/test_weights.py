@@ -2,9 +2,10 @@ import torch
 from builders.detections import PlainDetection
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from luna_refinement.batching.geometry import Box, picture_box
-from luna_refinement.batching.plan import CropSettings, plan_detections
-from luna_refinement.batching.weights import MaskWeights, TileWeights, draw_mask, smoothstep
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
+from luna_refinement.batching.weights import MaskWeights, TileWeights, smoothstep
+from luna_refinement.picture.boxes import Box, picture_box
+from luna_refinement.picture.masks import draw_mask
 
 
 def test_box_mask_covers_fractions_of_px() -> None:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from builders.detections import PlainDetection
 from builders.seeding import generator_for
 from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.crops import cut, paste
 from luna_refinement.batching.plan import RefinePlan
+from luna_refinement.picture.detections import Detection
 from report import Report, Table, best_times, median
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def plan_regions(crop_size: int, smallest: int, largest: int) -> RefinePlan:
     for _ in range(REGIONS):
         width, height = (int(n) for n in torch.randint(smallest, largest + 1, (2,), generator=generator))
         x, y = (int(torch.randint(0, SIDE - side, (), generator=generator)) for side in (width, height))
-        found.append(PlainDetection((x, y, x + width, y + height), mask=disc))
+        found.append(Detection(0, (x, y, x + width, y + height), mask=disc))
     return plan_detections(found, SIDE, SIDE, 1, CropSettings(crop_size, feather_px=FEATHER), seed=0)
 
 

@@ -70,14 +70,15 @@ def draw_marks(picture: Tensor, marks: Sequence[Mark]) -> Tensor:
     draw = ImageDraw.Draw(drawn)
     frames = [outward_px(mark.frame, width, height) for mark in marks]
     for mark, (x1, y1, x2, y2) in zip(marks, frames, strict=True):
-        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour(mark.number), width=stroke)  # Pillow draws the last px
+        # Pillow draws the last px too
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour_of(mark.number), width=stroke)
     for mark, frame in zip(marks, frames, strict=True):
         if mark.text:
             _draw_tag(draw, mark, frame, size, stroke, drawn.size)
     return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
 
 
-def colour(number: int) -> tuple[int, int, int]:
+def colour_of(number: int) -> tuple[int, int, int]:
     """RGB of a row or pass: hues a golden ratio apart, so that neighbours are easy to tell apart."""
     red, green, blue = colorsys.hsv_to_rgb((0.58 + 0.618034 * number) % 1, 0.65, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -92,7 +93,7 @@ def _tint(picture: Tensor, mark: Mark, stroke: int) -> None:
         inner = ndimage.minimum_filter(mask.numpy(), 2 * stroke + 1, mode="constant")  # nothing lies beyond the box
         cover = torch.maximum(cover, mask - torch.from_numpy(inner))
     part = picture[window.y1 : window.y2, window.x1 : window.x2]
-    part.lerp_((torch.tensor(colour(mark.number)) / 255).expand_as(part), cover[..., None])
+    part.lerp_((torch.tensor(colour_of(mark.number)) / 255).expand_as(part), cover[..., None])
 
 
 def _draw_tag(
@@ -105,5 +106,5 @@ def _draw_tag(
     plate_width, plate_height = right - left + 2 * margin, bottom - top + 2 * margin
     x = max(0, min(frame.x1, room[0] - plate_width))
     y = frame.y1 - plate_height if frame.y1 >= plate_height else min(frame.y1, max(0, room[1] - plate_height))
-    draw.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour(mark.number))
+    draw.rectangle((x, y, x + plate_width - 1, y + plate_height - 1), fill=colour_of(mark.number))
     text.draw(draw, (x + margin - left, y + margin - top), fill=(16, 16, 20))

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from builders.detections import PlainDetection
 from builders.engines import ExactEngine
 from builders.other_device import OTHER, on_other_device, other_device, values
 from luna_refinement.batching.blend import BLENDS
@@ -16,6 +15,7 @@ from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings, refine
 from luna_refinement.batching.upscale import UPSCALE_METHODS, scale_image
+from luna_refinement.picture.detections import Detection
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def picture() -> torch.Tensor:
 
 
 def plan(mask: torch.Tensor | None) -> RefinePlan:
-    found = [PlainDetection((10, 20, 60, 70), mask=mask), PlainDetection((40, 30, 110, 100), image_index=1, mask=mask)]
+    found = [Detection(0, (10, 20, 60, 70), mask=mask), Detection(1, (40, 30, 110, 100), mask)]
     return plan_detections(found, 150, 120, 2, CropSettings(64, 0.2, 8), seed=0)
 
 

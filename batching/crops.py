@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .geometry import Box, picture_box
+from ..picture.boxes import Box, picture_box
 
 WINDOW_PX = 4 * 1024**2
 """px of the picture that are pasted, or drawn as a weight, at a time: what a large region needs beside the canvas."""

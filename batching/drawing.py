@@ -1,17 +1,15 @@
-"""The plan as a picture: crops, paste regions, row numbers and passes, drawn over the dimmed input."""
+"""The plan as a picture and as text: crops, paste regions, row numbers, passes and what they cost."""
 
-import colorsys
 import math
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..lettering import letter
+from ..picture.boxes import rescaled
+from ..picture.drawing import Mark, draw_marks
 from ..texts import readable
 from .crops import resample
-from .plan import RefinePlan, Region, even_chunk
+from .plan import RefinePlan, even_chunk
 
 LONGEST_SIDE = 1536
 """px of the longer side of the drawing; larger pictures are scaled down to it."""
@@ -19,70 +17,36 @@ LONGEST_SIDE = 1536
 LEAST_LABELLED = 12
 """px of the drawing: smaller crops get no number, which would cover their neighbours too."""
 
+DIMMED = 0.55
+"""Brightness of the picture under the plan."""
+
 
 def draw_plan(image: Tensor, plan: RefinePlan) -> Tensor:
-    """Draws every region of a plan over its picture, one colour per pass.
+    """Draws every region of a plan over its picture, dimmed: a frame around the crop, a tint over what is pasted.
 
     Args:
         image: [B,H,W,C] in 0..1.
         plan: made for this batch.
 
     Returns:
-        [B,h,w,3] in 0..1.
+        [B,h,w,3] in 0..1, one colour per pass.
     """
     scale = min(1.0, LONGEST_SIDE / max(plan.width, plan.height))
-    size = (max(1, round(plan.height * scale)), max(1, round(plan.width * scale)))
-    pass_of = {row: number for number, rows in enumerate(plan.passes) for row in rows}
-    on_picture: list[list[Region]] = [[] for _ in range(plan.image_count)]
-    for region in plan.regions:
-        on_picture[region.image_index].append(region)
+    width, height = (max(1, round(side * scale)) for side in (plan.width, plan.height))
+    marks: list[list[Mark]] = [[] for _ in range(plan.image_count)]
+    for number, rows in enumerate(plan.passes):
+        for region in (plan.regions[row] for row in rows):
+            frame, area = (
+                rescaled(box, (plan.width, plan.height), (width, height)) for box in (region.crop, region.paste)
+            )
+            named = max(frame[2] - frame[0], frame[3] - frame[1]) >= LEAST_LABELLED
+            text = f"{region.row} {region.label}".strip() if named else ""
+            marks[region.image_index].append(Mark(number, frame, area, None, text))
     drawn = [
-        _draw_one(resample(picture.float(), *size), regions, pass_of, scale)
-        for picture, regions in zip(image[..., :3].cpu(), on_picture, strict=True)
+        draw_marks(resample(picture.float(), height, width) * DIMMED, each)
+        for picture, each in zip(image[..., :3].cpu(), marks, strict=True)
     ]
     return torch.stack(drawn).to(image.device)
-
-
-def _draw_one(picture: Tensor, regions: list[Region], pass_of: dict[int, int], scale: float) -> Tensor:
-    dimmed = Image.fromarray((picture * 0.55 * 255).round().to(torch.uint8).numpy()).convert("RGBA")
-    fills = Image.new("RGBA", dimmed.size)
-    lines = Image.new("RGBA", dimmed.size)
-    fill, line = ImageDraw.Draw(fills), ImageDraw.Draw(lines)
-    stroke = max(1, round(max(dimmed.size) / 500))
-    size = max(10, max(dimmed.size) / 45)
-    for region in regions:
-        _draw_region(fill, line, region, pass_of[region.row], scale, stroke, size)
-    drawn = Image.alpha_composite(Image.alpha_composite(dimmed, fills), lines).convert("RGB")
-    return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
-
-
-def _draw_region(
-    fill: ImageDraw.ImageDraw,
-    line: ImageDraw.ImageDraw,
-    region: Region,
-    turn: int,
-    scale: float,
-    stroke: int,
-    size: float,
-) -> None:
-    colour = pass_colour(turn)
-    crop = tuple(value * scale for value in (region.crop.x1, region.crop.y1, region.crop.x2, region.crop.y2))
-    paste = tuple(value * scale for value in (region.paste.x1, region.paste.y1, region.paste.x2, region.paste.y2))
-    fill.rectangle(paste, fill=(*colour, 70))
-    line.rectangle(crop, outline=(*colour, 255), width=stroke)
-    if max(crop[2] - crop[0], crop[3] - crop[1]) < LEAST_LABELLED:
-        return
-    text = letter(f"{region.row} {region.label}".strip(), size)
-    left, top = max(crop[0], 0) + 3 * stroke, max(crop[1], 0) + 2 * stroke
-    box = tuple(value + start for value, start in zip(text.box, (left, top) * 2, strict=True))
-    line.rectangle((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2), fill=(0, 0, 0, 170))
-    text.draw(line, (left, top), fill=(255, 255, 255, 255))
-
-
-def pass_colour(turn: int) -> tuple[int, int, int]:
-    """RGB of a pass: hues a golden ratio apart, so that neighbouring passes are easy to tell apart."""
-    red, green, blue = colorsys.hsv_to_rgb((0.55 + 0.618034 * turn) % 1, 0.75, 1.0)
-    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def describe(

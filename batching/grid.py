@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ..errors import LunaInputError
-from .geometry import Box, ceil_to, picture_box
+from ..picture.boxes import Box, ceil_to, picture_box
 from .noise import region_seed
 from .plan import CELL_PX, RefinePlan, Region
 from .weights import SharedWeights, TileWeights

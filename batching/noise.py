@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import Box
+from ..picture.boxes import Box
 
 
 def row_seed(seed: int, *parts: int | str) -> int:

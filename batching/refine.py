@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaRuntimeError
+from ..picture.boxes import Box
 from .blend import Blend, multiband
 from .color import ColorMatch, match_color
 from .crops import WINDOW_PX, cut, fit_into, paste, uncut
-from .geometry import Box
 from .plan import RefinePlan, Region
 from .rows import EncodedRow, Row
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Box
+from ..picture.boxes import Box
 from .plan import RefinePlan
 from .weights import PasteWeights
 

@@ -1,4 +1,4 @@
-"""How strongly a refined crop is pasted at each px: masks drawn over the picture, and smoothstep feathers."""
+"""How strongly a refined crop is pasted at each px: masks and tiles with smoothstep edges."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Box
+from ..picture.boxes import Box, BoxPx
+from ..picture.masks import rasterise
 
 WIDEST_SUM = 129
 """Taps up to which a feather is summed up tap by tap; wider ones are faster, and as exact, by running sums."""
@@ -18,41 +19,6 @@ def smoothstep(t: Tensor) -> Tensor:
     """Hermite step 3t² - 2t³ of ``t`` clamped to 0..1."""
     t = t.clamp(0, 1)
     return t * t * (3 - 2 * t)
-
-
-def span_coverage(start: float, stop: float, first: int, last: int) -> Tensor:
-    """How much of each px ``first..last-1`` lies in the span ``start..stop``: [last-first] in 0..1."""
-    left = torch.arange(first, last, dtype=torch.float32)
-    return ((left + 1).clamp(max=stop) - left.clamp(min=start)).clamp(0, 1)
-
-
-def draw_mask(target: tuple[float, float, float, float], mask: Tensor | None, window: Box) -> Tensor:
-    """Draws a region's mask over a window of the picture, antialiased.
-
-    Args:
-        target: the box the mask spans, xyxy px of the picture.
-        mask: [h,w] in 0..1 at any resolution, or None for the whole box.
-        window: where to draw.
-
-    Returns:
-        [window.height, window.width] float32 in 0..1, zero outside ``target``.
-    """
-    x1, y1, x2, y2 = target
-    columns = span_coverage(x1, x2, window.x1, window.x2)
-    rows = span_coverage(y1, y2, window.y1, window.y2)
-    box = rows[:, None] * columns[None, :]
-    if mask is None:
-        return box
-    source = mask.to(device="cpu", dtype=torch.float32)[None, None]
-    # grid_sample reads single texels, so a mask finer than the picture is first averaged down to it
-    size = (min(mask.shape[0], max(1, round(y2 - y1))), min(mask.shape[1], max(1, round(x2 - x1))))
-    if size != tuple(mask.shape):
-        source = F.interpolate(source, size=size, mode="bilinear", antialias=True)
-    xs = (torch.arange(window.x1, window.x2) + 0.5 - x1) / (x2 - x1) * 2 - 1
-    ys = (torch.arange(window.y1, window.y2) + 0.5 - y1) / (y2 - y1) * 2 - 1
-    grid = torch.stack(torch.broadcast_tensors(xs[None, :], ys[:, None]), dim=-1)[None]
-    drawn = F.grid_sample(source, grid.float(), mode="bilinear", padding_mode="border", align_corners=False)[0, 0]
-    return drawn.clamp(0, 1) * box
 
 
 class PasteWeights(Protocol):
@@ -78,7 +44,7 @@ class MaskWeights:
         width, height: picture size, px.
     """
 
-    target: tuple[float, float, float, float]
+    target: BoxPx
     mask: Tensor | None
     feather_px: int
     outward_px: int
@@ -87,7 +53,7 @@ class MaskWeights:
 
     def draw(self, window: Box) -> Tensor:
         if self.feather_px <= 0:
-            return draw_mask(self.target, self.mask, window)
+            return rasterise(self.target, self.mask, window)
         kernel = _parabola(self.feather_px)
         shift = math.floor(self.outward_px - self.feather_px / 2)  # never further out than asked
         wide = window.grown(abs(shift) + len(kernel) // 2)
@@ -95,7 +61,7 @@ class MaskWeights:
         columns = torch.arange(wide.x1, wide.x2).clamp(0, self.width - 1)
         rows = torch.arange(wide.y1, wide.y2).clamp(0, self.height - 1)
         x1, x2, y1, y2 = (int(at) for at in (columns[0], columns[-1], rows[0], rows[-1]))
-        inside = draw_mask(self.target, self.mask, Box(x1, y1, x2 + 1, y2 + 1))
+        inside = rasterise(self.target, self.mask, Box(x1, y1, x2 + 1, y2 + 1))
         drawn = inside[rows - y1][:, columns - x1]
         for dim in (-1, -2):
             drawn = _shift_edge(drawn, shift, dim)

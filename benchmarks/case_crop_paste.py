@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.crops import cut, paste
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.plan import RefinePlan
+from luna_refinement.picture.detections import Detection
 from report import Report, Table, best_times, median
 from torch import Tensor
 
-from harness.detections import PlainDetection
 from harness.seeding import generator_for
 
 SIDE, REGIONS, FEATHER, REPEATS = 4096, 30, 32, 5
@@ -49,7 +50,7 @@ def plan_regions(crop_size: int, smallest: int, largest: int) -> RefinePlan:
     for _ in range(REGIONS):
         width, height = (int(n) for n in torch.randint(smallest, largest + 1, (2,), generator=generator))
         x, y = (int(torch.randint(0, SIDE - side, (), generator=generator)) for side in (width, height))
-        found.append(PlainDetection((x, y, x + width, y + height), mask=disc))
+        found.append(Detection(0, (x, y, x + width, y + height), mask=disc))
     return plan_detections(found, SIDE, SIDE, 1, CropSettings(crop_size, feather_px=FEATHER), seed=0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from bench_models import Models, sd15_files
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.picture.detections import Detection, Detections
 from report import Report, Table, median
 from torch import Tensor
 

@@ -22,11 +22,12 @@ make_importable()
 import torch
 import torch.nn.functional as F
 from luna_refinement.batching.comfy_engine import ComfyEngine
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.plan import RefinePlan
+from luna_refinement.picture.detections import Detection
 from torch import Tensor
 
-from harness.detections import PlainDetection
 from harness.engines import ExactEngine, refine
 from harness.seeding import generator_for
 
@@ -54,7 +55,7 @@ def plan_for(kind: str, side: int) -> RefinePlan:
     for _ in range(REGIONS):
         size = int(torch.randint(200, 800, (), generator=generator))
         x, y = (int(n) for n in torch.randint(0, side - size, (2,), generator=generator))
-        boxes.append(PlainDetection((x, y, x + size, y + size)))
+        boxes.append(Detection(0, (x, y, x + size, y + size)))
     return plan_detections(boxes, side, side, 1, CropSettings(CROP), seed=0)
 
 

@@ -14,7 +14,7 @@ from luna_refinement.ip_adapter import RowEmbeds
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.picture.detections import Detection, Detections
 from skimage.metrics import structural_similarity
 from torch import Tensor
 

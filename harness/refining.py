@@ -11,7 +11,7 @@ import torch
 from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter
 from luna_refinement.nodes.chess import LunaChessRefiner
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.picture.detections import Detection, Detections
 from skimage.data import astronaut
 from torch import Tensor
 

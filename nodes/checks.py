@@ -11,7 +11,7 @@ from torch.nn import GroupNorm
 
 from ..batching.plan import CELL_PX
 from ..errors import LunaInputError
-from ..sam3_bridge.detections import Detections
+from ..picture.detections import Detections
 from ..values import shown
 
 PICTURE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -16,13 +16,14 @@ from ..batching.comfy_engine import ComfyEngine, rows_for
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_recipe import SamplingSettings
 from ..batching.concepts import Concept
+from ..batching.crop_plan import AUTO_SIZES, CropSettings, MaskMode, OverlapMode, plan_detections, size_notices
 from ..batching.crops import cut, fit_into
-from ..batching.plan import AUTO_SIZES, CropSettings, MaskMode, OverlapMode, RefinePlan, plan_detections, size_notices
+from ..batching.plan import RefinePlan
 from ..batching.refine import PasteSettings, crop_batch, refine
 from ..batching.resting import without_rows
 from ..batching.row_start import RowStart
 from ..ip_adapter import LayerWeights
-from ..sam3_bridge.detections import Detections
+from ..picture.detections import Detections
 from . import inputs
 from .anchors import choose_anchor
 from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices

@@ -5,8 +5,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..errors import LunaInputError
-from ..sam3_bridge.detections import Detections
-from ..sam3_bridge.preview import draw_detections, single_masks, union_masks
+from ..picture.detections import Detections
+from ..picture.drawing import draw_detections
+from ..picture.masks import single_masks, union_masks
 from ..sam3_bridge.select import KEEPS, ORDERS, Keep, Order, Selection, combine, parse_labels, select
 from .checks import check_image, fitted
 from .detections import CATEGORY, detections_output

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..errors import LunaInputError
-from ..sam3_bridge.detections import Detections
+from ..picture.detections import Detections
 from ..sam3_bridge.from_boxes import from_boxes
 from ..sam3_bridge.from_masks import MASK_THRESHOLD, Picture, from_masks
 from ..sam3_bridge.read_boxes import BOX_FORMATS, BoxFormat, parse_boxes, read_label, with_scores

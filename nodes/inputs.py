@@ -6,7 +6,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..batching.color import COLOR_MATCHES
-from ..batching.plan import AUTO_SIZES, LARGER_AUTO_SIZES, MASK_MODES, OVERLAP_MODES
+from ..batching.crop_plan import AUTO_SIZES, LARGER_AUTO_SIZES, MASK_MODES, OVERLAP_MODES
 from .schema import IPAdapterType, LunaLayerWeightsType
 
 

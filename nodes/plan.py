@@ -8,10 +8,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_chunks import row_bytes, rows_that_fit
+from ..batching.crop_plan import CropSettings, MaskMode, OverlapMode, plan_detections, size_notices
 from ..batching.drawing import describe, draw_plan
 from ..batching.grid import TILE_ORDERS, TileOrder, TileSettings, plan_tiles
-from ..batching.plan import CropSettings, MaskMode, OverlapMode, RefinePlan, plan_detections, size_notices
-from ..sam3_bridge.detections import Detections
+from ..batching.plan import RefinePlan
+from ..picture.detections import Detections
 from . import inputs
 from .checks import check_image, check_models, fitted, latent_cell
 from .refiner_inputs import crop_sizes

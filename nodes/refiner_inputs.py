@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..batching.comfy_chunks import row_bytes
 from ..batching.comfy_recipe import Recipe, SamplingSettings, ksampler_recipe
-from ..batching.plan import AUTO_SIZES, LARGER_AUTO_SIZES
+from ..batching.crop_plan import AUTO_SIZES, LARGER_AUTO_SIZES
 from ..errors import LunaInputError
 from ..values import shown
 from .checks import is_plain

@@ -7,8 +7,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..picture.drawing import draw_detections
+from ..picture.masks import union_masks
 from ..sam3_bridge.concepts import parse_concepts
-from ..sam3_bridge.preview import draw_detections, union_masks
 from ..sam3_bridge.sam3_files import find_model, list_models
 from .checks import check_image
 from .detections import CATEGORY, detections_output

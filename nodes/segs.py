@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..sam3_bridge.detections import Detections
+from ..picture.detections import Detections
 from ..sam3_bridge.segs import from_segs, to_segs
 from .detections import CATEGORY, detections_output, node_output
 from .schema import LunaDetections, luna_schema, notice

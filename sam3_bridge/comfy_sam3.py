@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import LunaInputError
+from ..picture.detections import Detection, Detections
 from .concepts import Concept
-from .detections import Detection, Detections
 from .from_masks import Picture
 from .sam3_files import CONFIG, HOW_TO_GET, NEEDED_TRANSFORMERS, check_folder
 from .sam3_results import arrange, read_outputs

@@ -9,9 +9,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..errors import LunaInputError
-from .detections import VISIBLE, BoxPx, Detection, Detections, clip_box, format_box, outward_px
+from ..picture.boxes import Box, BoxPx, clip_box, format_box, outward_px, rescaled
+from ..picture.detections import Detection, Detections
 from .from_masks import (
     MASK_THRESHOLD,
+    VISIBLE,
     Picture,
     as_masks,
     crop_mask,
@@ -20,14 +22,14 @@ from .from_masks import (
     visible_box,
     without_background,
 )
-from .read_boxes import Box
+from .read_boxes import GivenBox
 
 OWN_REACH = 0.5
 """How far a mask of a box's own may reach past it, as a fraction of the box's longer side."""
 
 
 def from_boxes(
-    boxes: Sequence[Box], picture: Picture, masks: Tensor | None = None, label: str = "", name: str = "bboxes"
+    boxes: Sequence[GivenBox], picture: Picture, masks: Tensor | None = None, label: str = "", name: str = "bboxes"
 ) -> tuple[Detections, tuple[str, ...]]:
     """Detections of boxes, with masks where they are given.
 
@@ -77,7 +79,7 @@ def from_boxes(
     return Detections(tuple(items), picture.width, picture.height, picture.image_count), tuple(notices)
 
 
-def _check_places(boxes: Sequence[Box], picture: Picture, name: str) -> None:
+def _check_places(boxes: Sequence[GivenBox], picture: Picture, name: str) -> None:
     for place, box in enumerate(boxes):
         if box.image_index is not None and box.image_index >= picture.image_count:
             raise LunaInputError(
@@ -86,14 +88,14 @@ def _check_places(boxes: Sequence[Box], picture: Picture, name: str) -> None:
             )
 
 
-def _clipped(box: Box, picture: Picture) -> BoxPx | None:
+def _clipped(box: GivenBox, picture: Picture) -> BoxPx | None:
     """The part of a box on the picture; None where it lies outside."""
     if box.is_empty:
         return box.xyxy
     return clip_box(box.xyxy, picture.width, picture.height)
 
 
-def _notices(boxes: Sequence[Box], cut: Sequence[BoxPx | None], picture: Picture, name: str) -> list[str]:
+def _notices(boxes: Sequence[GivenBox], cut: Sequence[BoxPx | None], picture: Picture, name: str) -> list[str]:
     empty = sum(box.is_empty for box in boxes)
     outside = [place for place, xyxy in enumerate(cut) if xyxy is None]
     clipped = sum(xyxy is not None and xyxy != box.xyxy for box, xyxy in zip(boxes, cut, strict=True))
@@ -111,7 +113,7 @@ def _notices(boxes: Sequence[Box], cut: Sequence[BoxPx | None], picture: Picture
     return notices
 
 
-def _by_picture(boxes: Sequence[Box], picture: Picture) -> list[list[int]]:
+def _by_picture(boxes: Sequence[GivenBox], picture: Picture) -> list[list[int]]:
     """The places of the boxes of each picture, in order."""
     pictures: list[list[int]] = [[] for _ in range(picture.image_count)]
     for place, box in enumerate(boxes):
@@ -135,7 +137,7 @@ def _of_masks_alone(flat: Tensor, picture: Picture, label: str, name: str) -> tu
 
 
 def _assign(
-    flat: Tensor | None, boxes: Sequence[Box], picture: Picture, name: str
+    flat: Tensor | None, boxes: Sequence[GivenBox], picture: Picture, name: str
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Which mask is whose: one for each box, or one for each picture, or one for each box and one more per picture.
 
@@ -173,11 +175,11 @@ def _split_off_first(
     return extra, [own[place] for place in range(count)]
 
 
-def _all_fit(masks: Sequence[Tensor], boxes: Sequence[Box], picture: Picture) -> bool:
+def _all_fit(masks: Sequence[Tensor], boxes: Sequence[GivenBox], picture: Picture) -> bool:
     return all(_fits(mask, box, picture) for mask, box in zip(masks, boxes, strict=True))
 
 
-def _fits(mask: Tensor, box: Box, picture: Picture) -> bool:
+def _fits(mask: Tensor, box: GivenBox, picture: Picture) -> bool:
     """Whether a mask covers a place within a box, or a little over it."""
     visible = visible_box(mask)
     if visible is None:
@@ -198,25 +200,17 @@ def _cut_mask(mask: Tensor, box: BoxPx, picture: Picture, own: bool) -> tuple[Bo
 
     A mask of the box's own may reach a little over it and is kept whole; one for all boxes is cut to the box.
     """
-    height, width = mask.shape
-    window = outward_px(_in_mask_px(box, mask, picture), width, height)
+    window = _window(box, mask, picture)
     visible = visible_box(mask) if own else None
     if visible is not None:
-        lows = [min(a, b) for a, b in zip(window[:2], visible[:2], strict=True)]
-        highs = [max(a, b) for a, b in zip(window[2:], visible[2:], strict=True)]
-        window = (lows[0], lows[1], highs[0], highs[1])
+        window = window.join(visible)
     return to_picture_px(window, mask, picture), crop_mask(mask, window)
 
 
-def _in_mask_px(box: BoxPx, mask: Tensor, picture: Picture) -> BoxPx:
+def _window(box: BoxPx, mask: Tensor, picture: Picture) -> Box:
+    """The px of a mask [H,W] that a box of the picture touches."""
     height, width = mask.shape
-    x1, y1, x2, y2 = box
-    return (
-        x1 * width / picture.width,
-        y1 * height / picture.height,
-        x2 * width / picture.width,
-        y2 * height / picture.height,
-    )
+    return outward_px(rescaled(box, (picture.width, picture.height), (width, height)), width, height)
 
 
 def _left_over(items: Sequence[Detection], shared: Sequence[Tensor], picture: Picture) -> list[str]:
@@ -227,8 +221,8 @@ def _left_over(items: Sequence[Detection], shared: Sequence[Tensor], picture: Pi
         numbers, count = ndimage.label((mask > max(VISIBLE, MASK_THRESHOLD)).numpy(), structure=np.ones((3, 3)))
         touched = torch.zeros(count + 1, dtype=torch.bool)
         for item in on_picture:
-            x1, y1, x2, y2 = outward_px(_in_mask_px(item.box, mask, picture), mask.shape[1], mask.shape[0])
-            touched[np.unique(numbers[y1:y2, x1:x2])] = True
+            window = _window(item.box, mask, picture)
+            touched[np.unique(numbers[window.y1 : window.y2, window.x1 : window.x2])] = True
         areas += count - int(touched[1:].sum())
     if not areas:
         return []

@@ -10,8 +10,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..picture.boxes import Box, BoxPx, rescaled
+from ..picture.detections import MOST_DETECTIONS, Detection, Detections, same_aspect
 from ..values import fraction, shown
-from .detections import MOST_DETECTIONS, VISIBLE, BoxPx, Detection, Detections, same_aspect
+
+VISIBLE = 0.5 / 255
+"""Mask values below half an 8-bit level are resampling noise, not mask."""
 
 RANGE_SLACK = 1e-3
 """Overshoot of 0..1 that resampling leaves and that is clamped away."""
@@ -27,9 +31,6 @@ MOST_BYTES = 2 * 2**30
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-Window = tuple[int, int, int, int]
-"""x1, y1, x2, y2 in whole px of a mask."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,14 @@ def check_range(mask: Tensor, name: str) -> None:
         raise LunaInputError(f"{name} from {low:.4g} to {high:.4g}: finite values from 0 to 1 are needed")
 
 
-def visible_box(mask: Tensor) -> Window | None:
-    """The smallest box x1, y1, x2, y2 (px of the mask) around what a mask [H,W] covers; None when it covers nothing."""
+def visible_box(mask: Tensor) -> Box | None:
+    """The smallest box (px of the mask) around what a mask [H,W] covers; None when it covers nothing."""
     covered = mask > VISIBLE
     rows = covered.any(dim=1).nonzero()
     if len(rows) == 0:
         return None
     columns = covered.any(dim=0).nonzero()
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
 def without_background(mask: Tensor, threshold: float = MASK_THRESHOLD) -> Tensor:
@@ -128,22 +129,14 @@ def without_background(mask: Tensor, threshold: float = MASK_THRESHOLD) -> Tenso
     return mask * (near & (mask > background))
 
 
-def crop_mask(mask: Tensor, window: Window) -> Tensor:
+def crop_mask(mask: Tensor, window: Box) -> Tensor:
     """A copy of a window (px of the mask) of a mask [H,W], so that the whole mask is not kept alive."""
-    x1, y1, x2, y2 = window
-    return mask[y1:y2, x1:x2].clamp(0, 1).clone()
+    return mask[window.y1 : window.y2, window.x1 : window.x2].clamp(0, 1).clone()
 
 
-def to_picture_px(window: Window, mask: Tensor, picture: Picture) -> BoxPx:
+def to_picture_px(window: Box, mask: Tensor, picture: Picture) -> BoxPx:
     """A window in px of a mask [H,W] as a box in px of the picture."""
-    height, width = mask.shape
-    x1, y1, x2, y2 = window
-    return (
-        x1 * picture.width / width,
-        y1 * picture.height / height,
-        x2 * picture.width / width,
-        y2 * picture.height / height,
-    )
+    return rescaled(window, (mask.shape[1], mask.shape[0]), (picture.width, picture.height))
 
 
 def from_masks(
@@ -217,12 +210,12 @@ def _faint_notices(flat: Tensor, threshold: float) -> Sequence[str]:
     return [line for line, indices in lines.items() if indices]
 
 
-def _whole(mask: Tensor) -> tuple[list[tuple[Window, Tensor]], int]:
+def _whole(mask: Tensor) -> tuple[list[tuple[Box, Tensor]], int]:
     window = visible_box(mask)
     return ([] if window is None else [(window, crop_mask(mask, window))]), 1
 
 
-def _islands(mask: Tensor) -> tuple[list[tuple[Window, Tensor]], int]:
+def _islands(mask: Tensor) -> tuple[list[tuple[Box, Tensor]], int]:
     """The connected areas (diagonals count) of a mask [H,W], each with its window, and how many there are.
 
     Soft values are kept; of very many areas the largest.
@@ -234,7 +227,7 @@ def _islands(mask: Tensor) -> tuple[list[tuple[Window, Tensor]], int]:
         areas = np.bincount(numbers.ravel(), minlength=count + 1)[1:]
         kept = np.sort(np.argsort(-areas, kind="stable")[:MOST_DETECTIONS] + 1).tolist()
     windows = {number: _window(places[number - 1]) for number in kept}
-    bytes_needed = 4 * sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in windows.values())
+    bytes_needed = 4 * sum(window.width * window.height for window in windows.values())
     if bytes_needed > max(MOST_BYTES, 8 * mask.nbytes):
         raise LunaInputError(
             f"masks: {len(windows)} islands lie around each other, their masks would take "
@@ -242,15 +235,14 @@ def _islands(mask: Tensor) -> tuple[list[tuple[Window, Tensor]], int]:
         )
     parts = []
     for number, window in windows.items():
-        x1, y1, x2, y2 = window
-        own = torch.from_numpy(numbers[y1:y2, x1:x2] == number)
+        own = torch.from_numpy(numbers[window.y1 : window.y2, window.x1 : window.x2] == number)
         parts.append((window, crop_mask(mask, window).mul_(own)))
     return parts, count
 
 
-def _window(place: tuple[slice, slice]) -> Window:
+def _window(place: tuple[slice, slice]) -> Box:
     rows, columns = place
-    return columns.start, rows.start, columns.stop, rows.stop
+    return Box(columns.start, rows.start, columns.stop, rows.stop)
 
 
 def _numbers(indices: list[int]) -> str:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .detections import Detection, rasterise
+from ..picture.boxes import Box, rescaled
+from ..picture.detections import Detection
+from ..picture.masks import rasterise
 
 GRID_CELLS = 64
 """A mask's longer side has so many cells of its grid or up to twice as many: an IoU is good to about a hundredth."""
@@ -114,10 +116,9 @@ class _Drawn:
     @staticmethod
     def of(item: Detection) -> "_Drawn":
         level = math.ceil(math.log2(max(item.width, item.height) / (2 * GRID_CELLS)))
-        x1, y1, x2, y2 = (value / 2.0**level for value in item.box)
-        window = math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
-        scaled = Detection(0, (x1, y1, x2, y2), item.mask)
-        return _Drawn(level, window[0], window[1], rasterise(scaled, window).numpy())
+        box = rescaled(item.box, (2.0**level, 2.0**level), (1, 1))
+        window = Box.around(box)
+        return _Drawn(level, window.x1, window.y1, rasterise(box, item.mask, window).numpy())
 
     def iou(self, other: "_Drawn") -> float:
         level = max(self.level, other.level)

@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..picture.boxes import LEAST_PX, BoxPx, format_box
+from ..picture.detections import check_score
 from ..values import LONGEST_TEXT, real, shown
 from ..words import tidy
-from .detections import LEAST_PX, BoxPx, check_score, format_box
 
 BoxFormat = Literal["x1 y1 x2 y2", "x y width height"]
 BOX_FORMATS: tuple[BoxFormat, ...] = get_args(BoxFormat)
@@ -27,7 +28,7 @@ _LIST_TYPES = (Tensor, np.ndarray, list, tuple)
 
 
 @dataclass(frozen=True)
-class Box:
+class GivenBox:
     """One box as it was given, not yet checked against the picture; it may be empty.
 
     Attributes:
@@ -48,7 +49,9 @@ class Box:
         return x2 - x1 < LEAST_PX or y2 - y1 < LEAST_PX
 
 
-def parse_boxes(given: Any, image_count: int, name: str = "bboxes", box_format: BoxFormat = "x1 y1 x2 y2") -> list[Box]:
+def parse_boxes(
+    given: Any, image_count: int, name: str = "bboxes", box_format: BoxFormat = "x1 y1 x2 y2"
+) -> list[GivenBox]:
     """Reads boxes.
 
     Args:
@@ -76,7 +79,7 @@ def parse_boxes(given: Any, image_count: int, name: str = "bboxes", box_format: 
         entries = [entries]
     if len(entries) > max(1, image_count):
         raise LunaInputError(f"{name} holds lists for {len(entries)} pictures, image holds {image_count}")
-    boxes: list[Box] = []
+    boxes: list[GivenBox] = []
     for index, entry in enumerate(entries):
         picture = f"{name}: picture {index}"
         place = f"{picture}, box " if per_picture else f"{name}: box "
@@ -88,7 +91,7 @@ def parse_boxes(given: Any, image_count: int, name: str = "bboxes", box_format: 
     return boxes
 
 
-def with_scores(boxes: Sequence[Box], given: Any, name: str = "scores_json") -> list[Box]:
+def with_scores(boxes: Sequence[GivenBox], given: Any, name: str = "scores_json") -> list[GivenBox]:
     """The boxes with scores that came on their own, as JSON text or a list.
 
     Raises:
@@ -186,7 +189,7 @@ def _columns(entry: Mapping[str, Any], name: str) -> list[Any]:
     ]
 
 
-def _box(entry: Any, image_index: int | None, name: str, box_format: BoxFormat) -> Box:
+def _box(entry: Any, image_index: int | None, name: str, box_format: BoxFormat) -> GivenBox:
     score: Any = 1.0
     label = ""
     if isinstance(entry, Mapping):
@@ -203,7 +206,7 @@ def _box(entry: Any, image_index: int | None, name: str, box_format: BoxFormat) 
             f"{name}: box {format_box((x1, y1, x2, y2))} is reversed: x2 must be greater than x1 and y2 greater than "
             f"y1. If its last two numbers are width and height, set box_format to '{BOX_FORMATS[1]}'"
         )
-    return Box(image_index, (x1, y1, x2, y2), _score(score, name), label)
+    return GivenBox(image_index, (x1, y1, x2, y2), _score(score, name), label)
 
 
 def _row(entry: Any, name: str) -> list[Any]:

@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..picture.boxes import BoxPx, picture_box, rescaled
+from ..picture.detections import Detection
+from ..picture.masks import rasterise
 from .concepts import Concept
-from .detections import BoxPx, Detection, rasterise
 from .from_masks import Picture, crop_mask, to_picture_px, visible_box
 from .overlaps import without_overlaps
 
@@ -108,7 +110,7 @@ def without(item: Detection, excluded: Sequence[Detection]) -> Detection | None:
     height, width = mask.shape
     for other in reaching:
         place = _within(other.box, item.box, width, height)
-        mask *= 1 - rasterise(replace(other, box=place), (0, 0, width, height))
+        mask *= 1 - rasterise(place, other.mask, picture_box(width, height))
     window = visible_box(mask)
     if window is None or float(mask.sum()) < LEAST_LEFT * before:
         return None
@@ -133,17 +135,13 @@ def _mask_in_box(logits: Tensor, box: BoxPx, picture: Picture) -> Tensor | None:
     columns = max(1, math.ceil((box[2] - box[0]) / picture.width * width * finer_x))
     rows = max(1, math.ceil((box[3] - box[1]) / picture.height * height * finer_y))
     whole = _within((0.0, 0.0, float(picture.width), float(picture.height)), box, columns, rows)
-    likely = rasterise(Detection(0, whole, logits.sigmoid()), (0, 0, columns, rows))
+    likely = rasterise(whole, logits.sigmoid(), picture_box(columns, rows))
     mask = (likely > 0.5).float()
     return mask if bool(mask.any()) else None
 
 
 def _within(box: BoxPx, frame: BoxPx, width: int, height: int) -> BoxPx:
     """A box (px) in texels of a grid of ``width`` x ``height`` that spans ``frame`` (px)."""
-    across, down = width / (frame[2] - frame[0]), height / (frame[3] - frame[1])
-    return (
-        (box[0] - frame[0]) * across,
-        (box[1] - frame[1]) * down,
-        (box[2] - frame[0]) * across,
-        (box[3] - frame[1]) * down,
-    )
+    left, top, right, bottom = frame
+    inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    return rescaled(inside, (right - left, bottom - top), (width, height))

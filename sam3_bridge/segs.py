@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaInputError
+from ..picture.boxes import Box, BoxPx, check_box, clip_box, outward_px, picture_box, place_span
+from ..picture.detections import MOST_AREA_PX, MOST_SIDE_PX, Detection, Detections, check_score
+from ..picture.masks import rasterise
 from ..values import real, shown, whole
-from .detections import (
-    MOST_AREA_PX,
-    MOST_SIDE_PX,
-    BoxPx,
-    Detection,
-    Detections,
-    check_box,
-    check_score,
-    clip_box,
-    outward_px,
-    rasterise,
-)
 from .from_masks import check_range, crop_mask, plain_numbers, visible_box, without_background
 from .read_boxes import read_label
 
-WindowPx = tuple[int, int, int, int]
 Segs = tuple[tuple[int, int], list[Any]]
 """((height, width), [SEG, …])"""
 
@@ -122,7 +112,7 @@ def to_segs(detections: Detections, image_index: int = 0, crop_factor: float = 3
     items = detections.on_image(image_index)
     new = [item for item in items if _unchanged(item) is None]
     sizes = [crop_region(item.box, crop_factor, detections.width, detections.height) for item in new]
-    needed = 4 * sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in sizes)
+    needed = 4 * sum(size.width * size.height for size in sizes)
     if needed > MOST_BYTES:
         raise LunaInputError(
             f"crop_factor is {crop_factor:g}: the masks of {len(new)} segments would take {needed / 2**30:.1f} GiB, "
@@ -165,35 +155,30 @@ def _detection(seg: Any, place: int, width: int, height: int) -> Detection | Non
     return Detection(0, box, mask, score, label, extra=SegOrigin(seg, box, mask))
 
 
-def _cut(mask: Tensor, bbox: BoxPx, region: WindowPx) -> tuple[BoxPx, Tensor]:
+def _cut(mask: Tensor, bbox: BoxPx, region: Box) -> tuple[BoxPx, Tensor]:
     """The box and what the mask covers beyond it, in whole px, with the mask over exactly that."""
-    left, top, right, bottom = region
-    inside = (bbox[0] - left, bbox[1] - top, bbox[2] - left, bbox[3] - top)
-    window = outward_px(inside, right - left, bottom - top)
-    windows = [each for each in (window, visible_box(mask)) if each is not None and each[0] < each[2]]
-    windows = [each for each in windows if each[1] < each[3]] or [(0, 0, right - left, bottom - top)]
-    x1, y1 = min(each[0] for each in windows), min(each[1] for each in windows)
-    x2, y2 = max(each[2] for each in windows), max(each[3] for each in windows)
-    return (
-        (float(x1 + left), float(y1 + top), float(x2 + left), float(y2 + top)),
-        crop_mask(mask, (x1, y1, x2, y2)),
-    )
+    found, visible = Box.around(bbox).intersect(region).relative_to(region), visible_box(mask)
+    windows = [each for each in (found, visible) if each is not None and not each.is_empty]
+    window = windows[0].join(windows[-1]) if windows else picture_box(region.width, region.height)
+    left, top = region.x1, region.y1
+    box = (float(window.x1 + left), float(window.y1 + top), float(window.x2 + left), float(window.y2 + top))
+    return box, crop_mask(mask, window)
 
 
-def _region(given: Any, name: str, width: int, height: int) -> WindowPx:
+def _region(given: Any, name: str, width: int, height: int) -> Box:
     x1, y1, x2, y2 = (round(value) for value in _numbers(given, f"{name}: crop_region"))
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
         raise LunaInputError(f"{name}: crop_region {[x1, y1, x2, y2]} reaches outside the {width}x{height} px picture")
-    return x1, y1, x2, y2
+    return Box(x1, y1, x2, y2)
 
 
-def _mask(given: Any, region: WindowPx, name: str) -> Tensor:
+def _mask(given: Any, region: Box, name: str) -> Tensor:
     """A segment's mask [h,w] over its region as float32 in 0..1."""
     name = f"{name}: cropped_mask"
     mask = given if isinstance(given, Tensor) else _tensor(given, name)
     if mask.ndim == 3:
         mask = mask[0] if mask.shape[0] == 1 else mask[..., 0] if mask.shape[2] == 1 else mask
-    wanted = (region[3] - region[1], region[2] - region[0])
+    wanted = (region.height, region.width)
     if tuple(mask.shape) != wanted or 0 in wanted:
         raise LunaInputError(
             f"{name} has shape {list(mask.shape)}, its crop_region {list(region)} needs {list(wanted)}"
@@ -251,20 +236,15 @@ def _seg(item: Detection, pictures: Detections, crop_factor: float) -> Any:
         return unchanged
     origin = item.extra if isinstance(item.extra, SegOrigin) else None
     region = crop_region(item.box, crop_factor, pictures.width, pictures.height)
-    mask = rasterise(item, region).numpy()
+    mask = rasterise(item.box, item.mask, region).numpy()
     wrapper = None if origin is None else getattr(origin.seg, "control_net_wrapper", None)
-    return SEG(None, mask, item.score, region, item.box, item.label, wrapper)
+    return SEG(None, mask, item.score, tuple(region), item.box, item.label, wrapper)
 
 
-def crop_region(box: BoxPx, factor: float, width: int, height: int) -> WindowPx:
+def crop_region(box: BoxPx, factor: float, width: int, height: int) -> Box:
     """A window ``factor`` times the box around its centre, in whole px, shifted inward at the picture's edge."""
-    x1, x2 = _stretch(box[0], box[2], factor, width)
-    y1, y2 = _stretch(box[1], box[3], factor, height)
-    return x1, y1, x2, y2
-
-
-def _stretch(low: float, high: float, factor: float, limit: int) -> tuple[int, int]:
-    length = min(limit, math.ceil((high - low) * factor) + 1)  # a px more: a box at a fraction of a px stays inside
-    start = math.floor((low + high - length) / 2 + 0.5)
-    start = max(0, min(start, limit - length))
-    return min(start, math.floor(low)), max(start + length, min(limit, math.ceil(high)))
+    # a px more: a box at a fraction of a px stays inside
+    wide, high = (math.ceil((box[side + 2] - box[side]) * factor) + 1 for side in (0, 1))
+    x1, x2 = place_span((box[0] + box[2]) / 2, min(wide, width), width)
+    y1, y2 = place_span((box[1] + box[3]) / 2, min(high, height), height)
+    return Box(x1, y1, x2, y2).join(outward_px(box, width, height))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import LunaInputError
+from ..picture.detections import Detection, Detections, same_aspect
 from ..values import fraction, shown, text
 from ..words import fits, folded, split_list
-from .detections import Detection, Detections, same_aspect
 from .overlaps import without_overlaps
 
 Keep = Literal["all", "largest", "best", "most central"]

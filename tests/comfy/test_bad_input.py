@@ -9,7 +9,7 @@ from luna_refinement.batching.concepts import Concept
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.nodes.detections import LunaDetectionsFromBoxes, LunaDetectionsFromMasks
-from luna_refinement.sam3_bridge.detections import Detections
+from luna_refinement.picture.detections import Detections
 
 from harness import tiny
 from harness.refining import Studio, counting, detections, photograph

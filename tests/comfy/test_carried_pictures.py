@@ -212,7 +212,7 @@ def test_one_mask_without_a_batch_counts_for_all_pictures(sd15: Studio) -> None:
 def test_texts_whose_tokens_count_differently_do_not_share_a_call(sd15: Studio) -> None:
     """Some models add up the attention mask of the batch; masks that are equal are passed once."""
     from luna_refinement.batching.conditioning import RowConditioning
-    from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.crop_plan import CropSettings, plan_detections
     from luna_refinement.batching.rows import Row
 
     image = photograph()
@@ -243,7 +243,7 @@ def attention_over(columns: Tensor, tokens: int) -> Tensor:
 
 def test_attention_masks_over_the_picture_are_cut_to_rows(sd15: Studio) -> None:
     from luna_refinement.batching.conditioning import RowConditioning
-    from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.crop_plan import CropSettings, plan_detections
     from luna_refinement.batching.rows import Row
 
     image = photograph()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from luna_refinement.batching.geometry import picture_box
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import LayerWeights
+from luna_refinement.picture.boxes import picture_box
 
 from harness.refining import Studio, counting, photograph
 

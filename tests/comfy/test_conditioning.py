@@ -8,7 +8,7 @@ import pytest
 import torch
 from luna_refinement.batching.concepts import Concept, Lora
 from luna_refinement.errors import LunaInputError
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.picture.detections import Detection, Detections
 
 from harness import tiny
 from harness.engines import groups
@@ -252,7 +252,7 @@ def test_inpaint_models_see_each_row_with_its_mask_greyed_out(tmp_path: Any) -> 
 
 def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
     from luna_refinement.batching.conditioning import RowConditioning
-    from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.crop_plan import CropSettings, plan_detections
     from luna_refinement.batching.rows import Row
 
     image = photograph()
@@ -274,7 +274,7 @@ def test_gligen_boxes_group_rows_by_what_they_see(sd15: Studio) -> None:
 
 def test_reference_latents_of_the_picture_are_cut_and_others_kept(sd15: Studio) -> None:
     from luna_refinement.batching.conditioning import RowConditioning
-    from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.crop_plan import CropSettings, plan_detections
     from luna_refinement.batching.rows import Row
 
     image = photograph()

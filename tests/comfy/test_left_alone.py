@@ -11,7 +11,7 @@ from luna_refinement.batching.comfy_sampling import differential_mask
 from luna_refinement.batching.concepts import Concept
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.upscale import LunaPrepUpscale
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.picture.detections import Detection, Detections
 
 from harness import tiny
 from harness.refining import Studio, counting, photograph
@@ -235,7 +235,7 @@ def test_prep_upscale_says_when_a_picture_is_stretched(
 
 def test_a_hint_of_another_aspect_gives_its_middle_as_in_a_ksampler() -> None:
     """Hints of which each px holds its column; ComfyUI crops the sides of one that is too wide, masks are stretched."""
-    from luna_refinement.batching.plan import CropSettings, plan_detections
+    from luna_refinement.batching.crop_plan import CropSettings, plan_detections
     from luna_refinement.batching.spatial import PictureGuidance
 
     (region,) = plan_detections(

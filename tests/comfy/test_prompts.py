@@ -6,7 +6,7 @@ import pytest
 import torch
 from luna_refinement.batching.comfy_prompts import check_prompts
 from luna_refinement.batching.concepts import Concept
-from luna_refinement.batching.plan import SMALLEST_WORKING
+from luna_refinement.batching.crop_plan import SMALLEST_WORKING
 from luna_refinement.errors import LunaInputError
 
 from harness import tiny

@@ -8,16 +8,17 @@ import folder_paths
 import pytest
 import torch
 from luna_refinement.batching.concepts import Concept, Lora
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.crops import cut
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.noise import row_noise
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.nodes.concepts import LunaConcept
 from luna_refinement.nodes.ip_adapter import LunaApplyIPAdapter
 from luna_refinement.nodes.upscale import LunaNoiseScaffold, LunaPrepUpscale
-from luna_refinement.sam3_bridge.detections import Detection, Detections
+from luna_refinement.picture.detections import Detection, Detections
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -29,8 +29,8 @@ from luna_refinement.nodes.detection_tools import (
 )
 from luna_refinement.nodes.detections import LunaDetectionsFromBoxes, LunaDetectionsFromMasks
 from luna_refinement.nodes.segs import LunaDetectionsFromSEGS, LunaDetectionsToSEGS
+from luna_refinement.picture.detections import Detection, Detections
 from luna_refinement.sam3_bridge.concepts import parse_concepts
-from luna_refinement.sam3_bridge.detections import Detection, Detections
 from luna_refinement.sam3_bridge.read_boxes import parse_boxes, with_scores
 
 WIDTH, HEIGHT = 48, 32

@@ -8,9 +8,8 @@ from fuzz.strategies import damaged, masks, numbers, schema_numbers, tensors, te
 from fuzz.target import target
 from hypothesis import strategies as st
 from luna_refinement.batching.comfy_recipe import SamplingSettings
-from luna_refinement.batching.geometry import Box
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, plan_detections
 from luna_refinement.batching.upscale import fitted_size
 from luna_refinement.ip_adapter import LayerWeights, RowEmbeds
 from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter
@@ -19,7 +18,8 @@ from luna_refinement.ip_adapter.layers import AttentionLayer
 from luna_refinement.nodes.checks import check_scaffold
 from luna_refinement.nodes.ip_adapter import LunaApplyIPAdapter
 from luna_refinement.nodes.refiner_inputs import choose_recipe
-from luna_refinement.sam3_bridge.detections import Detection
+from luna_refinement.picture.boxes import Box
+from luna_refinement.picture.detections import Detection
 
 from harness import tiny
 

@@ -10,21 +10,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.blend import BLENDS
 from luna_refinement.batching.color import COLOR_MATCHES, ColorMatch
-from luna_refinement.batching.geometry import picture_box
-from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
-from luna_refinement.batching.plan import (
+from luna_refinement.batching.crop_plan import (
     MASK_MODES,
     OVERLAP_MODES,
     SMALLEST_CROP,
     SMALLEST_WORKING,
     CropSettings,
-    RefinePlan,
     plan_detections,
 )
+from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings, Refined
+from luna_refinement.picture.boxes import picture_box
+from luna_refinement.picture.detections import Detection
 from torch import Tensor
 
-from harness.detections import PlainDetection
 from harness.engines import ExactEngine, refine
 
 LONG = os.environ.get("LUNA_FUZZ") == "long" or "LUNA_FUZZ_EXAMPLES" in os.environ
@@ -51,7 +51,7 @@ def batches(draw: st.DrawFn) -> Tensor:
 
 
 @st.composite
-def detections(draw: st.DrawFn, image: Tensor) -> PlainDetection:
+def detections(draw: st.DrawFn, image: Tensor) -> Detection:
     """A box anywhere on any picture, in whole px or in parts, with or without a mask of any resolution."""
     height, width = image.shape[1:3]
     x, y = draw(st.floats(0, width - 0.5)), draw(st.floats(0, height - 0.5))
@@ -62,7 +62,7 @@ def detections(draw: st.DrawFn, image: Tensor) -> PlainDetection:
         mask = torch.rand(draw(st.integers(1, 70)), draw(st.integers(1, 70)), generator=generator)
         if draw(st.booleans()):
             mask = (mask > draw(st.floats(0, 1))).float()
-    return PlainDetection(box, draw(st.integers(0, image.shape[0] - 1)), mask, draw(st.floats(0, 1)))
+    return Detection(draw(st.integers(0, image.shape[0] - 1)), box, mask, draw(st.floats(0, 1)))
 
 
 @st.composite

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.crops import cut, paste, reflected, resample
-from luna_refinement.batching.geometry import Box
+from luna_refinement.picture.boxes import Box
 
 
 @given(st.integers(1, 50), st.integers(-200, 200), st.integers(1, 300))

@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +15,11 @@ from luna_refinement.nodes.detection_tools import (
     LunaDetectionsPreview,
     LunaDetectionsToMask,
 )
-from luna_refinement.sam3_bridge.detections import Detection, Detections, rasterise
+from luna_refinement.picture.boxes import Box
+from luna_refinement.picture.detections import Detection, Detections
+from luna_refinement.picture.drawing import colour_of, draw_detections
+from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.overlaps import box_iou, mask_iou, without_overlaps
-from luna_refinement.sam3_bridge.preview import draw_detections, row_colour
 from luna_refinement.sam3_bridge.select import (
     LabelPatterns,
     Selection,
@@ -208,7 +209,7 @@ def test_drawing_tints_masks_frames_boxes_and_leaves_the_rest() -> None:
     found = Detections((Detection(1, (100, 100, 200, 200), mask, score=0.5, label="face"),), 400, 300, image_count=2)
     image = torch.full((2, 300, 400, 4), 0.25)
     drawn = draw_detections(image, found)
-    colour = torch.tensor(row_colour(0)) / 255
+    colour = torch.tensor(colour_of(0)) / 255
     assert drawn.shape == (2, 300, 400, 3)
     assert torch.allclose(drawn[0], image[0, ..., :3], atol=0.01)  # nothing on the first picture
     assert torch.allclose(drawn[1, 150, 150], 0.25 + 0.4 * (colour - 0.25), atol=0.01)  # inside the mask
@@ -224,7 +225,7 @@ def test_tags_grow_with_the_picture(side: int) -> None:
     box = (side * 0.3, side * 0.3, side * 0.6, side * 0.6)
     drawn = draw_detections(torch.zeros(1, side, side, 3), Detections((Detection(0, box, label="face"),), side, side))
     above = drawn[0, : int(box[1])]
-    plate = torch.isclose(above, torch.tensor(row_colour(0)) / 255, atol=0.01).all(dim=-1)
+    plate = torch.isclose(above, torch.tensor(colour_of(0)) / 255, atol=0.01).all(dim=-1)
     rows = plate.any(dim=1).nonzero()
     assert 0.012 * side < len(rows) < 0.08 * side
     assert int(rows[-1]) == int(box[1]) - 1
@@ -237,7 +238,7 @@ def test_tags_grow_with_the_picture(side: int) -> None:
 def test_tags_of_boxes_at_the_edge_stay_on_the_picture(box: tuple[int, int, int, int]) -> None:
     item = Detection(0, box, label="face")
     drawn = draw_detections(torch.zeros(1, 300, 400, 3), Detections((item,), 400, 300))
-    plate = torch.isclose(drawn[0], torch.tensor(row_colour(0)) / 255, atol=0.01).all(dim=-1)
+    plate = torch.isclose(drawn[0], torch.tensor(colour_of(0)) / 255, atol=0.01).all(dim=-1)
     assert int(plate.any(dim=0).sum()) > 50
 
 
@@ -290,7 +291,7 @@ def test_overlaps_are_told_as_by_comparing_every_two() -> None:
 def fine_iou(one: Detection, other: Detection) -> float:
     """Of the masks drawn px by px."""
     drawn = [
-        rasterise(replace(item, box=tuple(value / 10 for value in item.box)), (0, 0, 400, 400)) for item in (one, other)
+        rasterise(tuple(value / 10 for value in item.box), item.mask, Box(0, 0, 400, 400)) for item in (one, other)
     ]
     return float(torch.minimum(*drawn).sum() / torch.maximum(*drawn).sum())
 

@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.upscale import fitted_size
 from luna_refinement.errors import LunaInputError
-from luna_refinement.sam3_bridge.detections import Detection, Detections, outward_px, rasterise, same_aspect
-from luna_refinement.sam3_bridge.preview import union_masks
+from luna_refinement.picture.boxes import Box, outward_px
+from luna_refinement.picture.detections import Detection, Detections, same_aspect
+from luna_refinement.picture.masks import rasterise, union_masks
 
 SIDE = 4096
 
@@ -63,7 +64,7 @@ def test_box_cut_out_and_pasted_back_lies_where_it_was(data: st.DataObject, widt
     window = outward_px(box, width, height)
     x1, y1, x2, y2 = window
     canvas = torch.zeros(height, width)
-    canvas[y1:y2, x1:x2] = rasterise(Detection(0, box), window)
+    canvas[y1:y2, x1:x2] = rasterise(box, None, window)
     across, down = canvas.amax(dim=0), canvas.amax(dim=1)
     centre_x = float((across * (torch.arange(width) + 0.5)).sum() / across.sum())
     centre_y = float((down * (torch.arange(height) + 0.5)).sum() / down.sum())
@@ -79,16 +80,16 @@ def test_mask_at_quarter_resolution_lands_within_a_px_at_4k(left: int, top: int,
     quarter = torch.zeros(high + 16, wide + 16)
     quarter[8:-8, 8:-8] = 1
     box = (left * 4.0, top * 4.0, (left + wide + 16) * 4.0, (top + high + 16) * 4.0)
-    found = Detections((Detection(0, box, quarter),), SIDE, SIDE)
+    (item,) = Detections((Detection(0, box, quarter),), SIDE, SIDE)
     window = outward_px(box, SIDE, SIDE)
-    measured = edges(rasterise(found.items[0], window))
+    measured = edges(rasterise(item.box, item.mask, window))
     wanted = (8 * 4, 8 * 4, (8 + wide) * 4, (8 + high) * 4)
     assert measured == pytest.approx(wanted, abs=1.0)
 
 
 def test_mask_at_its_own_resolution_is_unchanged() -> None:
     mask = torch.rand(40, 30)
-    drawn = rasterise(Detection(0, (5, 7, 35, 47), mask), (0, 0, 64, 64))
+    drawn = rasterise((5, 7, 35, 47), mask, Box(0, 0, 64, 64))
     assert torch.allclose(drawn[7:47, 5:35], mask, atol=1e-6)
     assert float(drawn.sum()) == pytest.approx(float(mask.sum()), rel=1e-5)
 
@@ -98,11 +99,11 @@ def test_a_full_mask_at_4k_draws_in_its_own_memory_and_time() -> None:
     mask = torch.rand(SIDE, SIDE)
     item = Detection(0, (0, 0, SIDE, SIDE), mask)
     start = time.process_time()
-    drawn = rasterise(item, (0, 0, SIDE, SIDE))
+    drawn = rasterise(item.box, item.mask, Box(0, 0, SIDE, SIDE))
     assert time.process_time() - start < 2
     assert torch.equal(drawn, mask)
     start = time.process_time()
-    half = rasterise(Detection(0, (0, 0, SIDE // 2, SIDE // 2), mask), (0, 0, SIDE // 2, SIDE // 2))
+    half = rasterise((0, 0, SIDE // 2, SIDE // 2), mask, Box(0, 0, SIDE // 2, SIDE // 2))
     assert time.process_time() - start < 2
     assert float((half - mask.view(SIDE // 2, 2, SIDE // 2, 2).mean((1, 3))).abs().mean()) < 0.2
 
@@ -114,8 +115,8 @@ def test_masks_are_read_through_triangles(data: st.DataObject, high: int, wide: 
     box = data.draw(boxes(100, 90))
     mask = torch.rand(high, wide, generator=torch.Generator().manual_seed(high * 61 + wide))
     wanted = triangles(box[1], box[3], 90, high) @ mask.double() @ triangles(box[0], box[2], 100, wide).T
-    drawn = rasterise(Detection(0, box, mask), (0, 0, 100, 90))
-    inside = rasterise(Detection(0, box), (0, 0, 100, 90))
+    drawn = rasterise(box, mask, Box(0, 0, 100, 90))
+    inside = rasterise(box, None, Box(0, 0, 100, 90))
     assert float((drawn - wanted * inside).abs().max()) < 1e-5
 
 
@@ -129,8 +130,8 @@ def triangles(start: float, stop: float, px: int, texels: int) -> torch.Tensor:
 
 def test_a_window_sees_the_same_px_as_the_whole_picture() -> None:
     item = Detection(0, (10.3, 12.6, 50.2, 61.9), torch.rand(9, 13))
-    whole = rasterise(item, (0, 0, 80, 80))
-    assert torch.allclose(rasterise(item, (20, 30, 45, 70)), whole[30:70, 20:45], atol=1e-6)
+    whole = rasterise(item.box, item.mask, Box(0, 0, 80, 80))
+    assert torch.allclose(rasterise(item.box, item.mask, Box(20, 30, 45, 70)), whole[30:70, 20:45], atol=1e-6)
 
 
 @pytest.mark.parametrize(("width", "height"), [(4096, 3072), (512, 384), (1000, 750)])

@@ -7,13 +7,14 @@ import pytest
 import torch
 from luna_refinement.batching.blend import BLENDS
 from luna_refinement.batching.color import COLOR_MATCHES
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.drawing import draw_plan
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.upscale import UPSCALE_METHODS, scale_image
+from luna_refinement.picture.detections import Detection
 
-from harness.detections import PlainDetection
 from harness.engines import ExactEngine, refine
 from harness.other_device import OTHER, on_other_device, other_device, values
 
@@ -29,7 +30,7 @@ def picture() -> torch.Tensor:
 
 
 def plan(mask: torch.Tensor | None) -> RefinePlan:
-    found = [PlainDetection((10, 20, 60, 70), mask=mask), PlainDetection((40, 30, 110, 100), image_index=1, mask=mask)]
+    found = [Detection(0, (10, 20, 60, 70), mask=mask), Detection(1, (40, 30, 110, 100), mask)]
     return plan_detections(found, 150, 120, 2, CropSettings(64, 0.2, 8), seed=0)
 
 

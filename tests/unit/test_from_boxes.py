@@ -10,7 +10,7 @@ import pytest
 import torch
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.detections import LunaDetectionsFromBoxes
-from luna_refinement.sam3_bridge.detections import Detections
+from luna_refinement.picture.detections import Detections
 from luna_refinement.sam3_bridge.from_boxes import from_boxes
 from luna_refinement.sam3_bridge.from_masks import Picture
 from luna_refinement.sam3_bridge.read_boxes import MOST_BOXES, parse_boxes, with_scores

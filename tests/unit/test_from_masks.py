@@ -7,7 +7,9 @@ import pytest
 import torch
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.detections import LunaDetectionsFromMasks
-from luna_refinement.sam3_bridge.detections import MOST_DETECTIONS, rasterise
+from luna_refinement.picture.boxes import Box
+from luna_refinement.picture.detections import MOST_DETECTIONS
+from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.from_masks import SOFT_EDGE, Picture, from_masks
 
 PICTURE = Picture(96, 64, 1)
@@ -43,7 +45,7 @@ def test_islands_whose_boxes_overlap_do_not_share_px() -> None:
     mask = painted((0, 0, 40, 4), (0, 0, 4, 40), (10, 10, 40, 40))  # an L around a square
     found, _ = from_masks(mask, PICTURE, split_islands=True)
     assert [item.box for item in found] == [(0, 0, 40, 40), (10, 10, 40, 40)]
-    drawn = sum(rasterise(item, (0, 0, 96, 64)) for item in found)
+    drawn = sum(rasterise(item.box, item.mask, Box(0, 0, 96, 64)) for item in found)
     assert torch.allclose(drawn, mask)
 
 
@@ -121,7 +123,7 @@ def with_background(value: float, width: int = 512, height: int = 256) -> torch.
 def test_a_faint_background_is_no_region(background: float) -> None:
     (item,) = from_masks(with_background(background), Picture(512, 256, 1))[0]
     assert item.box == (100, 60, 360, 160)
-    assert torch.equal(rasterise(item, (0, 0, 512, 256)), (with_background(0) > 0).float())
+    assert torch.equal(rasterise(item.box, item.mask, Box(0, 0, 512, 256)), (with_background(0) > 0).float())
 
 
 def test_islands_are_told_apart_on_a_faint_background() -> None:
@@ -151,14 +153,14 @@ def test_the_soft_edge_of_a_real_mask_is_kept_as_it_is(split: bool) -> None:
     mask = torch.nn.functional.avg_pool2d(painted((40, 30, 120, 90), width=256, height=128)[None], 7, 1, 3)[0]
     (item,) = from_masks(mask, Picture(256, 128, 1), split_islands=split)[0]
     assert item.box == (37, 27, 123, 93)
-    assert torch.equal(rasterise(item, (0, 0, 256, 128)), mask)
+    assert torch.equal(rasterise(item.box, item.mask, Box(0, 0, 256, 128)), mask)
 
 
 def test_the_threshold_does_not_make_soft_values_hard() -> None:
     mask = painted((100, 60, 160, 120), width=512, height=256)
     mask[60:120, 100:130] = torch.linspace(0, 1, 30)
     (item,) = from_masks(mask, Picture(512, 256, 1), mask_threshold=0.5)[0]
-    drawn = rasterise(item, (0, 0, 512, 256))
+    drawn = rasterise(item.box, item.mask, Box(0, 0, 512, 256))
     assert torch.equal(drawn[drawn > 0], mask[drawn > 0])
     assert ((drawn > 0.3) & (drawn < 0.5)).any()
     assert item.box[0] == pytest.approx(115 - 512 / SOFT_EDGE, abs=1)

@@ -2,7 +2,7 @@ import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
-from luna_refinement.batching.geometry import (
+from luna_refinement.picture.boxes import (
     Box,
     crop_around,
     inner_margin,

@@ -7,11 +7,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.drawing import describe
-from luna_refinement.batching.geometry import Box, picture_box
 from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles, spans
 from luna_refinement.batching.plan import RefinePlan, Region, even_chunk
 from luna_refinement.batching.weights import SharedWeights, TileWeights
 from luna_refinement.errors import LunaInputError
+from luna_refinement.picture.boxes import Box, picture_box
 
 from harness.engines import ExactEngine, refine
 

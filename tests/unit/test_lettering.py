@@ -10,12 +10,13 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from luna_refinement import lettering
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.drawing import describe, draw_plan
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
-from luna_refinement.lettering import fonts, letter
-from luna_refinement.sam3_bridge.detections import Detection, Detections
-from luna_refinement.sam3_bridge.preview import draw_detections
+from luna_refinement.batching.plan import RefinePlan
+from luna_refinement.picture import lettering
+from luna_refinement.picture.detections import Detection, Detections
+from luna_refinement.picture.drawing import colour_of, draw_detections
+from luna_refinement.picture.lettering import fonts, letter
 from PIL import Image, ImageDraw
 
 CJK = "人脸顔手얼굴かお"
@@ -149,6 +150,25 @@ def test_the_text_of_a_plan_stays_on_its_line() -> None:
         line for line in text.split("\n") if "a row 7: nothing [2J" in line
     ]
     assert "\x1b" not in text
+
+
+def plate_rows(drawn: torch.Tensor) -> list[int]:
+    """The rows of a drawing [1,H,W,3] with px of a tag's plate or its frame."""
+    plate = torch.isclose(drawn[0], torch.tensor(colour_of(0)) / 255, atol=0.01).all(dim=-1)
+    return plate.any(dim=1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("side", [300, 1200])
+def test_plan_and_preview_letter_alike(side: int) -> None:
+    """The same plate of the same colour and height on the same frame: a crop without padding is its detection."""
+    box = (side * 0.25, side * 0.25, side * 0.75, side * 0.75)
+    found = Detections((Detection(0, box, label="face"),), side, side)
+    plan = plan_detections(found.items, side, side, 1, CropSettings(64, 0, 0), seed=0)
+    image = torch.zeros(1, side, side, 3)
+    preview, planned = plate_rows(draw_detections(image, found)), plate_rows(draw_plan(image, plan))
+    above = [row for row in preview if row < box[1]]
+    assert len(above) > 12
+    assert above == [row for row in planned if row < box[1]]
 
 
 @settings(max_examples=60, deadline=None)

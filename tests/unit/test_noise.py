@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from luna_refinement.batching.geometry import Box
 from luna_refinement.batching.noise import RowBrownianNoise, RowStepNoise, region_seed, row_noise
+from luna_refinement.picture.boxes import Box
 from torch import Tensor
 
 

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.blend import MOST_BANDS
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.weights import MaskWeights, SharedWeights
+from luna_refinement.picture.detections import Detection
 
 from harness import pasting
-from harness.detections import PlainDetection
 from harness.engines import ExactEngine, refine
 from harness.pasting import Array
 
@@ -40,7 +41,7 @@ def detection_plans(draw: st.DrawFn) -> RefinePlan:
         x2, y2 = draw(st.integers(x1 + 8, width)), draw(st.integers(y1 + 8, height))
         generator = torch.Generator().manual_seed(draw(seeds))
         mask = torch.rand(y2 - y1, x2 - x1, generator=generator) if draw(st.booleans()) else None
-        found.append(PlainDetection((x1, y1, x2, y2), mask=mask, score=draw(st.sampled_from([0.2, 0.5, 0.9]))))
+        found.append(Detection(0, (x1, y1, x2, y2), mask=mask, score=draw(st.sampled_from([0.2, 0.5, 0.9]))))
     crops = CropSettings(
         crop_size=draw(st.sampled_from([64, 96, 160])),
         padding=draw(st.floats(0, 1)),
@@ -136,7 +137,7 @@ def test_tiles_of_one_pass_share_their_px_and_lie_over_the_pass_before(
 def test_a_large_region_pasted_in_parts_is_the_region_pasted_at_once(
     blend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = [PlainDetection((30, 20, 250, 190), mask=torch.rand(170, 220))]
+    found = [Detection(0, (30, 20, 250, 190), mask=torch.rand(170, 220))]
     plan = plan_detections(found, 300, 260, 1, CropSettings(96, 0.3, 30), seed=0)
     image = picture(3, 260, 300)
     crops = {0: pasting.noise_crop(plan.regions[0], 3)}

@@ -7,29 +7,27 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from luna_refinement.batching.crops import cut, uncut
-from luna_refinement.batching.geometry import Box, picture_box
-from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import (
+from luna_refinement.batching.crop_plan import (
     AUTO_SIZES,
     LARGER_AUTO_SIZES,
     CropSettings,
-    RefinePlan,
-    Region,
-    name_rows,
     plan_detections,
     size_notices,
 )
+from luna_refinement.batching.crops import cut, uncut
+from luna_refinement.batching.grid import TileSettings, plan_tiles
+from luna_refinement.batching.plan import RefinePlan, Region, name_rows
 from luna_refinement.batching.weights import MaskWeights
+from luna_refinement.picture.boxes import Box, picture_box
+from luna_refinement.picture.detections import Detection
 
-from harness.detections import PlainDetection
 from harness.engines import ExactEngine, refine
 
 BoxPx = tuple[float, float, float, float]
 
 
 def plan(boxes: list[BoxPx], width: int, height: int, crops: CropSettings | None = None) -> RefinePlan:
-    found = [PlainDetection(box) for box in boxes]
+    found = [Detection(0, box) for box in boxes]
     return plan_detections(found, width, height, 1, crops or CropSettings(), seed=0)
 
 
@@ -140,7 +138,7 @@ class TestSizes:
 class TestSeeds:
     def test_a_row_has_the_same_seed_on_any_picture_of_any_batch(self) -> None:
         alone = plan([(10.0, 10.0, 50.0, 60.0)], 200, 160).regions[0].seed
-        found = [PlainDetection((10, 10, 50, 60), image_index=index) for index in (2, 0, 1)]
+        found = [Detection(index, (10, 10, 50, 60)) for index in (2, 0, 1)]
         batch = plan_detections(found, 200, 160, 3, CropSettings(), seed=0)
         assert [region.seed for region in batch.regions] == [alone] * 3
 
@@ -163,7 +161,7 @@ class TestWaves:
         for _ in range(data.draw(st.integers(1, 25))):
             x1, y1 = data.draw(st.integers(0, 380)), data.draw(st.integers(0, 280))
             x2, y2 = x1 + data.draw(st.integers(1, 120)), y1 + data.draw(st.integers(1, 120))
-            found.append(PlainDetection((x1, y1, min(x2, 400), min(y2, 300)), image_index=data.draw(st.integers(0, 1))))
+            found.append(Detection(data.draw(st.integers(0, 1)), (x1, y1, min(x2, 400), min(y2, 300))))
         crops = CropSettings(64, data.draw(st.floats(0, 0.5)), data.draw(st.integers(0, 30)), overlap_mode="waves")
         planned = plan_detections(found, 400, 300, 2, crops, seed=0)
         passes: list[list[Region]] = []
@@ -179,14 +177,14 @@ class TestWaves:
         generator = torch.Generator().manual_seed(5)
         side = 200 if crowded else 8000
         places = torch.randint(0, side, (3000, 2), generator=generator).tolist()
-        found = [PlainDetection((x, y, x + 60, y + 60)) for x, y in places]
+        found = [Detection(0, (x, y, x + 60, y + 60)) for x, y in places]
         start = time.process_time()
         planned = plan_detections(found, 8192, 8192, 1, CropSettings(overlap_mode="waves"), seed=0)
         assert sum(map(len, planned.passes)) == 3000
         assert time.process_time() - start < 3
 
     def test_a_feather_of_a_thousand_px_is_drawn_in_seconds(self) -> None:
-        found = [PlainDetection((300, 300, 1700, 1700), mask=torch.rand(64, 64))]
+        found = [Detection(0, (300, 300, 1700, 1700), mask=torch.rand(64, 64))]
         (region,) = plan_detections(found, 2048, 2048, 1, CropSettings(1024, 0.3, 1024), seed=0).regions
         assert isinstance(region.weights, MaskWeights)
         assert region.weights.feather_px > 500

@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
+from luna_refinement.picture.detections import Detection
 from skimage.data import astronaut
 
-from harness.detections import PlainDetection
 from harness.engines import ExactEngine, refine
 
 
@@ -21,7 +22,7 @@ BOXES = [(40.0, 30.0, 104.0, 94.0), (150.0, 40.0, 214.0, 104.0), (90.0, 140.0, 1
 
 def plan_for(boxes: list[tuple[float, float, float, float]], image: torch.Tensor, **settings: object) -> RefinePlan:
     crops = CropSettings(**({"crop_size": 64, "padding": 0.0, "feather_px": 0} | settings))
-    detections = [PlainDetection(box=box) for box in boxes]
+    detections = [Detection(0, box) for box in boxes]
     return plan_detections(detections, image.shape[2], image.shape[1], image.shape[0], crops, seed=5)
 
 
@@ -76,7 +77,7 @@ def test_colours_are_matched_by_what_is_pasted_alone() -> None:
     image = photograph()
     mask = torch.zeros(64, 64)
     mask[:, :32] = 1
-    found = PlainDetection(box=(40.0, 30.0, 104.0, 94.0), mask=mask)
+    found = Detection(0, (40.0, 30.0, 104.0, 94.0), mask=mask)
     plan = plan_detections([found], 256, 240, 1, CropSettings(crop_size=64, padding=0.0, feather_px=0), seed=5)
 
     def change(row: int, latent: torch.Tensor) -> torch.Tensor:
@@ -111,7 +112,7 @@ def test_crops_come_back_in_the_order_of_the_detections_whatever_the_grouping() 
 def test_higher_scores_lie_on_top() -> None:
     image = photograph()
     box = (40.0, 30.0, 104.0, 94.0)
-    detections = [PlainDetection(box=box, score=0.9), PlainDetection(box=box, score=0.4)]
+    detections = [Detection(0, box, score=0.9), Detection(0, box, score=0.4)]
     plan = plan_detections(detections, 256, 240, 1, CropSettings(64, 0.0, 0), seed=0)
     refined = refine(image, plan, ExactEngine(lambda row, latent: latent * 0 + (1 - row)))
     assert refined.image[0, 60, 70].tolist() == [1, 1, 1]
@@ -143,7 +144,7 @@ def test_together_is_one_call_and_waves_let_later_regions_see_earlier_ones() -> 
 
 def test_images_of_a_batch_share_one_call() -> None:
     image = torch.cat([photograph(), photograph().flip(2), photograph().flip(1)])
-    detections = [PlainDetection(box=BOXES[0], image_index=i) for i in (2, 0, 1)]
+    detections = [Detection(i, BOXES[0]) for i in (2, 0, 1)]
     plan = plan_detections(detections, 256, 240, 3, CropSettings(64, 0.0, 0), seed=0)
     engine = ExactEngine(lambda row, latent: latent * 0 + row / 10)
     refined = refine(image, plan, engine)
@@ -181,6 +182,6 @@ def test_settings_that_cannot_work_are_named(settings: dict[str, object], word: 
 
 def test_detections_that_fit_no_picture_are_named() -> None:
     with pytest.raises(LunaInputError, match="image 3"):
-        plan_detections([PlainDetection(box=BOXES[0], image_index=3)], 256, 240, 1, CropSettings(), seed=0)
+        plan_detections([Detection(3, BOXES[0])], 256, 240, 1, CropSettings(), seed=0)
     with pytest.raises(LunaInputError, match="outside"):
-        plan_detections([PlainDetection(box=(300, 0, 320, 20))], 256, 240, 1, CropSettings(), seed=0)
+        plan_detections([Detection(0, (300, 0, 320, 20))], 256, 240, 1, CropSettings(), seed=0)

@@ -1,12 +1,12 @@
 """What a run leaves as it is: rows in no pass, and px that sampling does not reach."""
 
 import torch
-from luna_refinement.batching.geometry import Box
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TileSettings, plan_tiles
-from luna_refinement.batching.plan import CropSettings, plan_detections
 from luna_refinement.batching.resting import ScaledWeights, without_px, without_rows
+from luna_refinement.picture.boxes import Box
+from luna_refinement.picture.detections import Detection
 
-from harness.detections import PlainDetection
 from harness.engines import ExactEngine, refine
 
 CELL = 8
@@ -19,7 +19,7 @@ def invert(row: int, latent: torch.Tensor) -> torch.Tensor:
 def test_rows_in_no_pass_keep_their_numbers_crops_and_bits() -> None:
     image = torch.rand(2, 96, 96, 3, generator=torch.Generator().manual_seed(1))
     places = [(0, (8.0, 8.0, 40.0, 40.0)), (1, (8.0, 8.0, 40.0, 40.0)), (1, (50.0, 50.0, 90.0, 90.0))]
-    found = [PlainDetection(box=box, image_index=index) for index, box in places]
+    found = [Detection(index, box) for index, box in places]
     plan = plan_detections(found, 96, 96, 2, CropSettings(64, 0.0, 0), seed=0)
     rested = without_rows(plan, {1})
     assert rested.passes == ((0, 2),)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from luna_refinement.batching.concepts import Concept, Lora
-from luna_refinement.batching.plan import CropSettings, RefinePlan, plan_detections
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
+from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.rows import MaskedPicture, Row, resolve_rows
 from luna_refinement.ip_adapter import LayerWeights
-
-from harness.detections import PlainDetection
+from luna_refinement.picture.detections import Detection
 
 SHARED = {"positive": [[torch.zeros(1, 77, 8), {}]], "negative": [[torch.ones(1, 77, 8), {}]]}
 OWN = [[torch.full((1, 77, 8), 2.0), {}]]
@@ -18,7 +18,7 @@ OWN = [[torch.full((1, 77, 8), 2.0), {}]]
 def plan(labels: str, pictures: int = 1) -> RefinePlan:
     """Regions side by side, spread over pictures in turn; one letter is one label."""
     found = [
-        PlainDetection((40.0 * place, 10.0, 40.0 * place + 30, 40.0), label=label, image_index=place % pictures)
+        Detection(place % pictures, (40.0 * place, 10.0, 40.0 * place + 30, 40.0), label=label)
         for place, label in enumerate(labels)
     ]
     return plan_detections(found, 1024, 64, pictures, CropSettings(64), seed=3)

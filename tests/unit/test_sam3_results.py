@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from luna_refinement.errors import LunaInputError
+from luna_refinement.picture.boxes import Box
+from luna_refinement.picture.detections import Detection
+from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.concepts import Concept, parse_concepts
-from luna_refinement.sam3_bridge.detections import Detection, rasterise
 from luna_refinement.sam3_bridge.from_masks import Picture
 from luna_refinement.sam3_bridge.sam3_results import FINER, arrange, read_outputs, without
 from torch import Tensor
@@ -40,7 +42,7 @@ def test_known_geometry_lands_on_the_picture(size: tuple[int, int]) -> None:
     ((item,), empty) = read_outputs(FACE, *outputs((0.9, box)), picture, 0, 0.5)
     assert empty == 0
     assert item.box == pytest.approx((0.2 * width, 0.35 * height, 0.55 * width, 0.8 * height), abs=0.5)
-    drawn = rasterise(item, (0, 0, width, height)) > 0.5
+    drawn = rasterise(item.box, item.mask, Box(0, 0, width, height)) > 0.5
     x = (torch.arange(width) + 0.5) / width
     y = (torch.arange(height) + 0.5) / height
     wanted = (((x[None, :] - 0.375) / 0.175) ** 2 + ((y[:, None] - 0.575) / 0.225) ** 2) < 1
@@ -72,7 +74,7 @@ def test_masks_of_the_post_processing_of_transformers_agree() -> None:
     assert [item.score for item in ours] == pytest.approx(theirs["scores"].tolist())
     for item, box, mask in zip(ours, theirs["boxes"], theirs["masks"], strict=True):
         assert item.box == pytest.approx(box.tolist(), abs=1e-3)
-        drawn, wanted = rasterise(item, (0, 0, width, height)) > 0.5, mask > 0.5
+        drawn, wanted = rasterise(item.box, item.mask, Box(0, 0, width, height)) > 0.5, mask > 0.5
         assert int((drawn & wanted).sum()) / int((drawn | wanted).sum()) > 0.98
 
 

@@ -14,7 +14,9 @@ from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.checks import fitted
 from luna_refinement.nodes.detection_tools import PER_PICTURE, LunaDetectionsFilter, LunaDetectionsToMask
 from luna_refinement.nodes.segs import LunaDetectionsFromSEGS, LunaDetectionsToSEGS
-from luna_refinement.sam3_bridge.detections import Detection, Detections, rasterise
+from luna_refinement.picture.boxes import Box
+from luna_refinement.picture.detections import Detection, Detections
+from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.segs import crop_region, from_segs, to_segs
 from luna_refinement.sam3_bridge.select import combine
 
@@ -63,7 +65,7 @@ def test_a_segment_becomes_its_box_and_mask() -> None:
     (item,) = from_segs((SIZE, [seg()]))[0]
     assert item.box == (40, 30, 80, 60)
     assert (item.label, item.score) == ("face", pytest.approx(0.8))
-    drawn = rasterise(item, (0, 0, 200, 100))
+    drawn = rasterise(item.box, item.mask, Box(0, 0, 200, 100))
     wanted = torch.zeros(100, 200)
     wanted[35:55, 45:75] = 1
     assert torch.equal(drawn, wanted)

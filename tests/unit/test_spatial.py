@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 from luna_refinement.batching.conditioning import RowConditioning
-from luna_refinement.batching.plan import CropSettings, Region, plan_detections
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
+from luna_refinement.batching.plan import Region
 from luna_refinement.batching.rows import Row
 from luna_refinement.batching.spatial import PictureGuidance
 from luna_refinement.errors import LunaInputError
+from luna_refinement.picture.detections import Detection
 from torch import Tensor
 
-from harness.detections import PlainDetection
 from harness.engines import groups
 
 SIDE, CELL = 512, 8
@@ -19,7 +20,7 @@ LEFT, RIGHT = (16.0, 176.0, 112.0, 272.0), (384.0, 64.0, 448.0, 128.0)
 
 
 def regions(*places: tuple[int, tuple[float, float, float, float]], count: int = 1) -> tuple[Region, ...]:
-    found = [PlainDetection(box=box, image_index=index) for index, box in places]
+    found = [Detection(index, box) for index, box in places]
     return plan_detections(found, SIDE, SIDE, count, CropSettings(64, 0.0, 0), seed=0).regions
 
 

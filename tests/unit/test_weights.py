@@ -1,22 +1,22 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from luna_refinement.batching.geometry import Box, picture_box
-from luna_refinement.batching.plan import CropSettings, plan_detections
-from luna_refinement.batching.weights import MaskWeights, TileWeights, draw_mask, smoothstep
-
-from harness.detections import PlainDetection
+from luna_refinement.batching.crop_plan import CropSettings, plan_detections
+from luna_refinement.batching.weights import MaskWeights, TileWeights, smoothstep
+from luna_refinement.picture.boxes import Box, picture_box
+from luna_refinement.picture.detections import Detection
+from luna_refinement.picture.masks import rasterise
 
 
 def test_box_mask_covers_fractions_of_px() -> None:
-    drawn = draw_mask((1.25, 1.0, 3.0, 2.5), None, Box(0, 0, 4, 4))
+    drawn = rasterise((1.25, 1.0, 3.0, 2.5), None, Box(0, 0, 4, 4))
     assert drawn[1].tolist() == [0.0, 0.75, 1.0, 0.0]
     assert drawn[:, 2].tolist() == [0.0, 1.0, 0.5, 0.0]
 
 
 def test_mask_at_its_own_resolution_is_drawn_as_it_is() -> None:
     mask = torch.rand(7, 5)
-    drawn = draw_mask((3.0, 2.0, 8.0, 9.0), mask, Box(0, 0, 12, 12))
+    drawn = rasterise((3.0, 2.0, 8.0, 9.0), mask, Box(0, 0, 12, 12))
     assert torch.allclose(drawn[2:9, 3:8], mask, atol=1e-6)
     drawn[2:9, 3:8] = 0
     assert drawn.max() == 0
@@ -29,7 +29,7 @@ def test_mask_of_another_resolution_lands_within_a_px(factor: int, left: int, to
     size = 32 * factor
     mask = torch.zeros(32, 32)
     mask[:, 16:] = 1
-    drawn = draw_mask((left, top, left + size, top + size), mask, picture_box(left + size, top + size))
+    drawn = rasterise((left, top, left + size, top + size), mask, picture_box(left + size, top + size))
     edge = left + size - drawn[top + size // 2].sum()
     assert abs(float(edge) - (left + size / 2)) <= 0.5
 
@@ -73,7 +73,7 @@ def test_paste_weights_vanish_outside_the_paste_box_and_hold_inside(data: st.Dat
     x1, y1 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
     feather, padding = data.draw(st.integers(0, 80)), data.draw(st.floats(0, 0.5))
-    detection = PlainDetection(box=(x1, y1, x2, y2))
+    detection = Detection(0, (x1, y1, x2, y2))
     plan = plan_detections([detection], width, height, 1, CropSettings(256, padding, feather), seed=1)
     region = plan.regions[0]
     drawn = region.weights.draw(picture_box(width, height))

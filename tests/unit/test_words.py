@@ -5,8 +5,8 @@ import time
 import pytest
 from luna_refinement.batching.concepts import Concept as RefineConcept
 from luna_refinement.errors import LunaInputError
+from luna_refinement.picture.detections import Detection
 from luna_refinement.sam3_bridge.concepts import MOST_CONCEPTS, parse_concepts
-from luna_refinement.sam3_bridge.detections import Detection
 from luna_refinement.sam3_bridge.select import parse_labels
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"

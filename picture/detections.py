@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from ..words import tidy
-
-BoxPx = tuple[float, float, float, float]
-"""x1, y1, x2, y2 in px, fractional; px k reaches from k to k + 1."""
+from .boxes import BoxPx, check_box, format_box, rescaled
 
 ASPECT_TOLERANCE = 0.02
 """How far two sizes may differ in aspect and still be one picture."""
@@ -25,12 +23,6 @@ MOST_DETECTIONS = 4096
 
 MOST_SIDE_PX, MOST_AREA_PX = 2**17, 2**29
 """Of a picture that an input may claim: its mask alone takes 2 GiB."""
-
-LEAST_PX = 1 / 256
-"""A box less wide or high is empty: no picture shows so little, and divisions by it leave all bounds."""
-
-VISIBLE = 0.5 / 255
-"""Mask values below half an 8-bit level are resampling noise, not mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,35 +163,9 @@ class Detections:
                 f"detections were made on a picture of {self.width}x{self.height} px, the picture here has "
                 f"{width}x{height} px: only another size of the same aspect fits. Detect again on this picture"
             )
-        items = [replace(item, box=self._scaled(item.box, width, height)) for item in self.items]
+        size = (self.width, self.height)
+        items = [replace(item, box=rescaled(item.box, size, (width, height))) for item in self.items]
         return replace(self, items=tuple(items), width=width, height=height)
-
-    def _scaled(self, box: BoxPx, width: int, height: int) -> BoxPx:
-        # multiplied before divided: a box that ends at the border still ends exactly at it
-        x1, y1, x2, y2 = box
-        return (x1 * width / self.width, y1 * height / self.height, x2 * width / self.width, y2 * height / self.height)
-
-
-def format_box(box: Sequence[float]) -> str:
-    """A box for messages: at most two decimals."""
-    return "[" + ", ".join(f"{value:.2f}".rstrip("0").rstrip(".") for value in box) + "]"
-
-
-def check_box(box: Sequence[float], name: str) -> None:
-    """Raises LunaInputError unless ``box`` is four finite numbers with x1 < x2 and y1 < y2."""
-    if len(box) != 4 or not all(math.isfinite(value) for value in box):
-        raise LunaInputError(f"{name}: box {list(box)} must be four finite numbers x1, y1, x2, y2 in px")
-    if box[2] <= box[0] or box[3] <= box[1]:
-        raise LunaInputError(
-            f"{name}: box {format_box(box)} is reversed or empty: x2 must be greater than x1 and y2 greater than y1"
-        )
-
-
-def clip_box(box: BoxPx, width: int, height: int) -> BoxPx | None:
-    """The part of a box on a picture of ``width`` x ``height`` px; None where it lies outside."""
-    x1, y1 = max(0.0, box[0]), max(0.0, box[1])
-    x2, y2 = min(float(width), box[2]), min(float(height), box[3])
-    return None if x2 - x1 < LEAST_PX or y2 - y1 < LEAST_PX else (x1, y1, x2, y2)
 
 
 def check_score(score: float, name: str) -> None:
@@ -237,59 +203,3 @@ def _is_rounded(width: int, height: int, rounded_width: int, rounded_height: int
     low = max((rounded_width - slack) / width, (rounded_height - slack) / height)
     high = min((rounded_width + slack) / width, (rounded_height + slack) / height)
     return low < high
-
-
-def outward_px(box: BoxPx, width: int, height: int) -> tuple[int, int, int, int]:
-    """The smallest whole-px box that holds ``box``, clipped to a picture or mask of ``width`` x ``height`` px."""
-    x1, y1, x2, y2 = box
-    return max(0, math.floor(x1)), max(0, math.floor(y1)), min(width, math.ceil(x2)), min(height, math.ceil(y2))
-
-
-def rasterise(detection: Detection, window: tuple[int, int, int, int]) -> Tensor:
-    """Draws one detection's mask over a window of its picture.
-
-    Each px reads the mask through a triangle as wide as the px or the mask's own texel, whichever is wider, so masks
-    finer and coarser than the picture are both resampled without shift. At its own resolution a mask is unchanged.
-
-    Args:
-        detection: its box is in px of the picture the window belongs to.
-        window: x1, y1, x2, y2 in whole px.
-
-    Returns:
-        [y2-y1, x2-x1] float32 in 0..1, zero outside the box; a px the box covers in part gets its share.
-    """
-    x1, y1, x2, y2 = detection.box
-    left, top, right, bottom = window
-    share = _covered(y1, y2, top, bottom)[:, None] * _covered(x1, x2, left, right)[None, :]
-    if detection.mask is None:
-        return share
-    mask = detection.mask.to(device="cpu", dtype=torch.float32)
-    drawn = _resample_rows(mask, y1, y2, top, bottom)
-    drawn = _resample_rows(drawn.T, x1, x2, left, right).T
-    return drawn.clamp(0, 1).mul_(share)
-
-
-def _covered(start: float, stop: float, first: int, last: int) -> Tensor:
-    """[last-first]: the share of each px ``first..last-1`` inside the span."""
-    px = torch.arange(first, last, dtype=torch.float64)
-    return ((px + 1).clamp(max=stop) - px.clamp(min=start)).clamp(0, 1).float()
-
-
-def _resample_rows(mask: Tensor, start: float, stop: float, first: int, last: int) -> Tensor:
-    """Reads the rows of a mask [h,w], which span ``start..stop``, at px ``first..last-1``: [last-first,w]."""
-    texels = mask.shape[0]
-    per_px = texels / (stop - start)
-    reach = max(1.0, per_px)
-    px = torch.arange(first, last, dtype=torch.float64) + 0.5
-    centres = ((px - start) * per_px - 0.5).clamp(0, texels - 1)
-    if 2 * reach >= texels:  # a px reads most of the mask
-        taps = torch.arange(texels).expand(len(px), -1)
-    else:
-        taps = ((centres - reach).floor().long() + 1)[:, None] + torch.arange(math.ceil(2 * reach))
-    weights = (1 - (centres[:, None] - taps).abs() / reach).clamp(min=0).masked_fill((taps < 0) | (taps >= texels), 0)
-    weights = (weights / weights.sum(dim=1, keepdim=True)).float()
-    drawn = torch.zeros(last - first, mask.shape[1])
-    for tap, weight in zip(taps.clamp(0, texels - 1).T, weights.T, strict=True):
-        if weight.any():
-            drawn.addcmul_(mask.index_select(0, tap), weight[:, None])
-    return drawn

@@ -1,13 +1,20 @@
-"""Whole-pixel boxes and the crops that are cut around regions; pure integers, no tensors."""
+"""Boxes in px of a picture, and the crops that are cut around regions; plain numbers, no tensors."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..errors import LunaInputError
+
+BoxPx = tuple[float, float, float, float]
+"""x1, y1, x2, y2 in px, fractional; px k reaches from k to k + 1. Every ``Box`` is one."""
+
+LEAST_PX = 1 / 256
+"""A box less wide or high is empty: no picture shows so little, and divisions by it leave all bounds."""
 
 
-@dataclass(frozen=True)
-class Box:
-    """A half-open rectangle in whole px of the picture: columns ``x1..x2-1``, rows ``y1..y2-1``.
+class Box(NamedTuple):
+    """A half-open rectangle in whole px of a picture or a mask: columns ``x1..x2-1``, rows ``y1..y2-1``.
 
     It may reach past the picture where a crop needs more px than the picture has (those px are reflected).
     """
@@ -32,6 +39,10 @@ class Box:
     def intersect(self, other: "Box") -> "Box":
         """The common part; empty (``is_empty``) when the boxes do not touch."""
         return Box(max(self.x1, other.x1), max(self.y1, other.y1), min(self.x2, other.x2), min(self.y2, other.y2))
+
+    def join(self, other: "Box") -> "Box":
+        """The smallest box that holds both."""
+        return Box(min(self.x1, other.x1), min(self.y1, other.y1), max(self.x2, other.x2), max(self.y2, other.y2))
 
     def overlaps(self, other: "Box") -> bool:
         return not self.intersect(other).is_empty
@@ -59,14 +70,48 @@ class Box:
             yield Box(self.x1, y, self.x2, min(y + step, self.y2))
 
     @staticmethod
-    def around(box: tuple[float, float, float, float]) -> "Box":
-        """The smallest whole-px box that holds ``box`` (xyxy px, fractional)."""
+    def around(box: BoxPx) -> "Box":
+        """The smallest whole-px box that holds ``box``."""
         x1, y1, x2, y2 = box
         return Box(math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2))
 
 
 def picture_box(width: int, height: int) -> Box:
     return Box(0, 0, width, height)
+
+
+def outward_px(box: BoxPx, width: int, height: int) -> Box:
+    """The smallest whole-px box that holds ``box``, clipped to a picture or mask of ``width`` x ``height`` px."""
+    return Box.around(box).intersect(picture_box(width, height))
+
+
+def clip_box(box: BoxPx, width: int, height: int) -> BoxPx | None:
+    """The part of a box on a picture of ``width`` x ``height`` px; None where it lies outside."""
+    x1, y1 = max(0.0, box[0]), max(0.0, box[1])
+    x2, y2 = min(float(width), box[2]), min(float(height), box[3])
+    return None if x2 - x1 < LEAST_PX or y2 - y1 < LEAST_PX else (x1, y1, x2, y2)
+
+
+def rescaled(box: BoxPx, size: tuple[float, float], into: tuple[float, float]) -> BoxPx:
+    """A box on a picture of ``size`` (width, height) as it lies on the same picture of size ``into``."""
+    # multiplied before divided: a box that ends at the border still ends exactly at it
+    x1, y1, x2, y2 = box
+    return x1 * into[0] / size[0], y1 * into[1] / size[1], x2 * into[0] / size[0], y2 * into[1] / size[1]
+
+
+def format_box(box: Sequence[float]) -> str:
+    """A box for messages: at most two decimals."""
+    return "[" + ", ".join(f"{value:.2f}".rstrip("0").rstrip(".") for value in box) + "]"
+
+
+def check_box(box: Sequence[float], name: str) -> None:
+    """Raises LunaInputError unless ``box`` is four finite numbers with x1 < x2 and y1 < y2."""
+    if len(box) != 4 or not all(math.isfinite(value) for value in box):
+        raise LunaInputError(f"{name}: box {list(box)} must be four finite numbers x1, y1, x2, y2 in px")
+    if box[2] <= box[0] or box[3] <= box[1]:
+        raise LunaInputError(
+            f"{name}: box {format_box(box)} is reversed or empty: x2 must be greater than x1 and y2 greater than y1"
+        )
 
 
 def place_span(centre: float, length: int, limit: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from PIL import ImageDraw, ImageFont
 
-from .texts import escaped, is_hidden
+from ..texts import escaped, is_hidden
 
 SYSTEM_FONTS = (
     # Linux: wide coverage first, then what distributions ship for Chinese, Japanese and Korean

@@ -1,0 +1,1 @@
+"""The ground floor, which every room stands on: boxes, detections, the one rasteriser of masks, the one drawer."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..comfy_memory import MemoryLimit
 from ..errors import LunaRuntimeError
 from ..ip_adapter import LayerWeights, RowEmbeds
+from ..ip_adapter.comfy_adapter import IPAdapter
 from ..ip_adapter.comfy_encode import encode_rows
-from ..ip_adapter.comfy_patch import IPAdapter, patch_model
+from ..ip_adapter.comfy_patch import patch_model
 from .comfy_progress import SamplingProgress
 from .comfy_sampling import Recipe, prepared_noise, rows_that_fit, sample_rows, with_denoise
 from .concepts import Concept, Lora, concept_for, denoise_of

@@ -10,7 +10,7 @@ import comfy.clip_vision
 import comfy.sd
 from builders import assets, tiny
 from builders.refining import Studio
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, load_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, load_ip_adapter
 from setup import model_file
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..comfy_memory import MemoryLimit
 from ..errors import LunaInputError, LunaRuntimeError
-from .comfy_patch import IPAdapter, layers_for
+from .comfy_adapter import IPAdapter
+from .comfy_patch import layers_for
 from .embeds import RowEmbeds
 
 _ROWS_PER_BATCH = 16

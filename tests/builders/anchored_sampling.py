@@ -8,7 +8,8 @@ import torch
 from builders import tiny
 from builders.ip_adapter_reference import ContentAdapter, marked
 from builders.seeding import generator_for
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter, patch_model
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter
+from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from torch import Tensor
 

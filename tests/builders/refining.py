@@ -10,7 +10,7 @@ import comfy.samplers
 import torch
 from builders import tiny
 from builders.pictures import REGIONS
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter
 from luna_refinement.nodes.chess import LunaChessRefiner
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
 from luna_refinement.sam3_bridge.detections import Detection, Detections

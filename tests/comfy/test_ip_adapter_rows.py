@@ -27,7 +27,8 @@ from builders.anchored_sampling import (
 from builders.ip_adapter_reference import MARKS
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
-from luna_refinement.ip_adapter.attention import token_grid
+from luna_refinement.ip_adapter.anchors import ANCHORS
+from luna_refinement.ip_adapter.attention import CALLS, token_grid
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from torch import Tensor
@@ -284,10 +285,17 @@ def test_a_mask_acts_on_its_tokens_only(height: int, width: int) -> None:
     text = torch.randn(2 * ROWS, 7, 32)
     options = {"n_heads": 4, "cond_or_uncond": [1, 0], "original_shape": [2 * ROWS, 4, height, width]}
     options |= {"sigmas": torch.tensor([5.0]), "block": ("input", 1)}
-    masked = layer(q, text, text, options).reshape(2 * ROWS, height, width, 32)
+
+    def with_call(patched: Any) -> dict[str, Any]:
+        (given,) = patched.model_options["transformer_options"][ANCHORS]
+        call = given.run().call(options["cond_or_uncond"], torch.empty(options["original_shape"]), torch.float32)
+        return options | {CALLS: (call,)}
+
+    masked = layer(q, text, text, with_call(patched)).reshape(2 * ROWS, height, width, 32)
     without = layer.attention(q, text, text, options).reshape(masked.shape)
-    whole = anchored(model).model_options["transformer_options"]["patches_replace"]["attn2"]["input", 1, 0]
-    anchored_everywhere = whole(q, text, text, options).reshape(masked.shape)
+    whole = anchored(model)
+    everywhere = whole.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 1, 0]
+    anchored_everywhere = everywhere(q, text, text, with_call(whole)).reshape(masked.shape)
     middle = width // 2
     assert torch.equal(masked[:, :, middle + 1 :], without[:, :, middle + 1 :])
     assert torch.allclose(masked[:, :, : middle - 1], anchored_everywhere[:, :, : middle - 1], atol=1e-6)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from builders.demo import face_crops
 from builders.seeding import StateDict
+from luna_refinement.ip_adapter.comfy_adapter import as_ip_adapter
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
-from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, patch_model
+from luna_refinement.ip_adapter.comfy_patch import patch_model
 from torch import Tensor
 
 from training import family

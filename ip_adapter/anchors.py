@@ -4,8 +4,8 @@
 and every call of the model takes an ``AnchorCall`` from that. All of them are frozen.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import LunaRuntimeError
 from ..values import fraction
-from .attention import AnchorCall, Attention, LayerRows, Shared, Sigmas, Size, halvings, resized
+from .attention import AnchorCall, LayerRows, Shared, Sigmas, Size, halvings, resized
 from .embeds import RowEmbeds
 from .layer_weights import LayerFactor
 
@@ -27,7 +27,7 @@ SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 ANCHORS = "luna_anchors"
 """Name in the options of a model; a tuple with the ``Anchors`` of each patch, in a sampling call its ``AnchorRun``."""
 
-ALWAYS: Sigmas = (float("inf"), 0.0)
+_Where = tuple[torch.device, torch.dtype]
 
 _PENALTY_WIDTH = 1280.0
 """Width of the attention layer at which the channel penalty is 1."""
@@ -63,17 +63,9 @@ class Anchors(Shared):
         fraction(self.start_percent, "start of the anchors")
         fraction(self.end_percent, "end of the anchors")
 
-    def run(self, sigmas: Sigmas = ALWAYS, guider: object = None) -> "AnchorRun":
+    def run(self, sigmas: Sigmas = (float("inf"), 0.0), guider: object = None) -> "AnchorRun":
         """Makes keys and values for a sampling call; ``sigmas`` are the noise levels of start and end."""
         return AnchorRun(self, self.key_values_of(torch.cat((self.embeds.cond, self.embeds.uncond))), sigmas, guider)
-
-    def refusal(self, latents: int) -> LunaRuntimeError:
-        """That there are as many latents, but not as many embeds."""
-        return LunaRuntimeError(
-            f"ip_adapter: {len(self.embeds)} image embeds for {latents} latents: every latent "
-            "needs its own embed. Give as many images as the latent batch holds, and use no node that samples "
-            "parts of the batch (context windows)"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,86 +89,66 @@ class AnchorRun(Shared):
     guider: object = None
     roles: tuple[bool, ...] | None = None
     latent_size: Size | None = None
-    arranged: dict[tuple[object, ...], list[LayerRows | None]] = field(default_factory=dict)
-    shrunk: dict[tuple[object, ...], dict[Size, Tensor]] = field(default_factory=dict)
+    arranged: dict[tuple[tuple[bool, ...], _Where], dict[int, LayerRows]] = field(default_factory=dict)
+    shrunk: dict[tuple[Size, _Where], dict[Size, Tensor]] = field(default_factory=dict)
 
     def release(self) -> None:
         """Drops all that was made for this sampling call."""
-        self.key_values.clear()
-        self.arranged.clear()
-        self.shrunk.clear()
+        for made in (self.key_values, self.arranged, self.shrunk):
+            made.clear()
 
-    def call(
-        self,
-        entries: Sequence[int],
-        x: Tensor,
-        dtype: torch.dtype,
-        resting: tuple[Sigmas, ...] = (),
-        block_replacements: Mapping[tuple[str, int], Attention] | None = None,
-    ) -> AnchorCall:
-        """What layers must know of a call.
+    def call(self, known: AnchorCall, x: Tensor, dtype: torch.dtype) -> AnchorCall:
+        """What layers must know of a call: besides what is known already, what its rows attend to.
 
         Args:
-            entries: ComfyUI's ``cond_or_uncond``.
-            x: [R,C,H,W], the latents of the call.
+            known: the call without layers and masks.
+            x: [R,C,H,W], its latents.
             dtype: that the model computes in.
-            resting, block_replacements: see ``AnchorCall``.
 
         Raises:
             LunaRuntimeError: rows do not go with embeds, or masks with the part of the picture that the call shows.
         """
-        size, acts = (x.shape[-2], x.shape[-1]), self.sigmas not in resting
-        if acts and x.shape[0] != len(entries) * len(self.anchors.embeds):
-            raise self.anchors.refusal(x.shape[0] // len(entries))
-        return AnchorCall(
-            entries=tuple(entries),
-            size=size,
-            layers=self._layers(entries, x.device, dtype) if acts else (),
-            masks=self._masks(size, x.device, dtype) if acts else None,
-            resting=resting,
-            block_replacements=block_replacements or {},
-        )
+        if self.sigmas in known.resting:
+            return known
+        count, shares = len(self.anchors.embeds), len(known.entries)
+        if x.shape[0] != shares * count:
+            raise LunaRuntimeError(
+                f"ip_adapter: {count} image embeds for {x.shape[0] // shares} latents: every latent needs its own "
+                "embed. Give as many images as the latent batch holds, and use no node that samples parts of the batch "
+                "(context windows)"
+            )
+        where = (x.device, dtype)
+        return replace(known, layers=self._layers(known.entries, where), masks=self._masks(known.size, where))
 
-    def _layers(self, entries: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[LayerRows | None]:
+    def _layers(self, entries: tuple[int, ...], where: _Where) -> dict[int, LayerRows]:
         roles = tuple(entry == 0 if self.roles is None else self.roles[entry] for entry in entries)
-        place = (roles, device, dtype)
-        if place not in self.arranged:
-            pairs = zip(self.key_values, self.anchors.factors, strict=True)
-            self.arranged[place] = [self._layer(pair, factor, *place) for pair, factor in pairs]
-        return self.arranged[place]
+        if (roles, where) not in self.arranged:
+            used = [(layer, factor) for layer, factor in enumerate(self.anchors.factors) if factor.factor]
+            self.arranged[roles, where] = {layer: self._layer(layer, factor, roles, where) for layer, factor in used}
+        return self.arranged[roles, where]
 
-    def _layer(
-        self,
-        pair: tuple[Tensor, Tensor],
-        factor: LayerFactor,
-        roles: tuple[bool, ...],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> LayerRows | None:
-        if not factor.factor:
-            return None
-        count = len(self.anchors.embeds)
+    def _layer(self, layer: int, factor: LayerFactor, roles: tuple[bool, ...], where: _Where) -> LayerRows:
+        pair, count = self.key_values[layer], len(self.anchors.embeds)
         cond = [x[:count] for x in pair]
         uncond = [x[count:].expand(count, -1, -1) for x in pair]
         if factor.swapped:
             cond, uncond = [torch.zeros_like(x) for x in cond], cond
         shares = zip(*(cond if role else uncond for role in roles), strict=True)
-        k, v = (torch.cat(share).to(device, dtype) for share in shares)
-        weight = repeat(self.anchors.weights * factor.factor, "n -> (share n) 1 1", share=len(roles)).to(k)
+        k, v = (torch.cat(share).to(*where) for share in shares)
+        weight = repeat(self.anchors.weights * factor.factor, "n -> (share n) 1 1", share=len(roles)).to(*where)
         return _scaled(k, v, weight, self.anchors.scaling)
 
-    def _masks(self, size: Size, device: torch.device, dtype: torch.dtype) -> dict[Size, Tensor] | None:
-        masks, place = self.anchors.masks, (size, device, dtype)
-        if masks is None:
+    def _masks(self, size: Size, where: _Where) -> dict[Size, Tensor] | None:
+        if (masks := self.anchors.masks) is None:
             return None
         if self.latent_size not in (None, size):
             raise LunaRuntimeError(
                 "ip_adapter masks do not work together with conditioning for an area of the picture: "
                 "use mask conditioning instead of area conditioning, or leave out the ip_adapter mask"
             )
-        if place not in self.shrunk:
-            self.shrunk[place] = {to: resized(masks[:, None], to).to(device, dtype) for to in halvings(*size)}
-        return self.shrunk[place]
+        if (size, where) not in self.shrunk:
+            self.shrunk[size, where] = {to: resized(masks[:, None], to).to(*where) for to in halvings(*size)}
+        return self.shrunk[size, where]
 
 
 def _scaled(k: Tensor, v: Tensor, weight: Tensor, scaling: Scaling) -> LayerRows:

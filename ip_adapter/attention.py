@@ -6,7 +6,7 @@ What a layer knows of the call under way is an ``AnchorCall`` in the options of 
 the attention itself only computes, so that it can be compiled and run in threads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,16 +57,14 @@ class AnchorCall(Shared):
 
     entries: tuple[int, ...]
     size: Size
-    layers: Sequence[LayerRows | None] = ()
+    layers: Mapping[int, LayerRows] = field(default_factory=dict)
     masks: Mapping[Size, Tensor] | None = None
     resting: tuple[Sigmas, ...] = ()
     block_replacements: Mapping[tuple[str, int], Attention] = field(default_factory=dict)
 
     def rows(self, layer: int, q: Tensor, options: Options) -> LayerRows:
         """Keys, values and weight for the rows of a layer, which are those of the call or repeated ones."""
-        found = self.layers[layer]
-        assert found is not None
-        k, v, weight = found
+        k, v, weight = found = self.layers[layer]
         if q.shape[0] != k.shape[0]:
             shares = [x.chunk(len(self.entries)) for x in found]
             places = [self.entries.index(entry) for entry in self._repeated(q, k.shape[0], options)]
@@ -119,7 +117,7 @@ class AnchoredAttention:
         self.layer = layer
         self.attention = attention
         self.previous = previous
-        self.additions: tuple[tuple[Callable[..., Tensor], dict[str, Any]], ...] = ()
+        self.additions: tuple[tuple[Callable[..., Tensor], Sigmas, dict[str, Any]], ...] = ()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         if CALLS not in extra_options:
@@ -136,24 +134,22 @@ class AnchoredAttention:
             mask = call.mask(q, extra_options)
             image = self.attention(q, ip_k, ip_v, extra_options)
             out = torch.addcmul(out, image, weight if mask is None else weight * mask)
-        for callback, arguments in self.additions:
-            if _range(arguments) not in call.resting:
+        for callback, sigmas, arguments in self.additions:
+            if sigmas not in call.resting:
                 out = out + callback(out, q, k, v, extra_options, **arguments)
         return out
 
     def add(self, callback: Callable[..., Tensor], **arguments: Any) -> None:
         """Takes another pack's IP-Adapter on top: the widely used one calls this on whatever replacement it finds."""
-        self.additions = (*self.additions, (callback, {"sigma_start": float("inf"), "sigma_end": 0.0} | arguments))
+        arguments = {"sigma_start": float("inf"), "sigma_end": 0.0} | arguments
+        sigmas = (arguments["sigma_start"], arguments["sigma_end"])
+        self.additions = (*self.additions, (callback, sigmas, arguments))
 
     def ranges(self) -> Iterator[Sigmas]:
         """Noise levels in which what was added here acts, and what was added to Luna's patches inside."""
-        yield from (_range(arguments) for _, arguments in self.additions)
+        yield from (sigmas for _, sigmas, _ in self.additions)
         if isinstance(self.previous, AnchoredAttention):
             yield from self.previous.ranges()
-
-
-def _range(arguments: Mapping[str, Any]) -> Sigmas:
-    return arguments["sigma_start"], arguments["sigma_end"]
 
 
 def resized(masks: Tensor, size: Size) -> Tensor:

@@ -61,27 +61,23 @@ def load_ip_adapter(path: str) -> IPAdapter:
     """
     name = Path(path).name
     try:
-        if claimed := inflated_bytes(path):
-            raise LunaInputError(
-                f"ip_adapter_file '{name}' is packed and would grow to {claimed} bytes: get the adapter as .safetensors"
-            )
-        state_dict = comfy.utils.load_torch_file(path, safe_load=True)
-    except LunaInputError:
-        raise
-    except FileNotFoundError:
-        raise LunaInputError(
-            f"ip_adapter_file '{name}' is gone: press R to refresh the list and choose again"
-        ) from None
-    except pickle.UnpicklingError as error:
-        raise LunaInputError(
-            f"ip_adapter_file '{name}' was not opened: it is damaged, or it carries code or objects besides weights, "
-            "which could harm this machine. Get the adapter as .safetensors, or from its author again"
-        ) from error
+        claimed = inflated_bytes(path)
+        state_dict = {} if claimed else comfy.utils.load_torch_file(path, safe_load=True)
     except Exception as error:
         # The loaders raise many kinds of error; the reason is passed on in full.
+        why = f"cannot be read, the file is incomplete or damaged: download it again ({error})"
+        if isinstance(error, FileNotFoundError):
+            why = "is gone: press R to refresh the list and choose again"
+        elif isinstance(error, pickle.UnpicklingError):
+            why = (
+                "was not opened: it is damaged, or it carries code or objects besides weights, which could harm this "
+                "machine. Get the adapter as .safetensors, or from its author again"
+            )
+        raise LunaInputError(f"ip_adapter_file '{name}' {why}") from error
+    if claimed:
         raise LunaInputError(
-            f"ip_adapter_file '{name}' cannot be read, the file is incomplete or damaged: download it again ({error})"
-        ) from error
+            f"ip_adapter_file '{name}' is packed and would grow to {claimed} bytes: get the adapter as .safetensors"
+        )
     return _from_weights(split_weights(state_dict, name))
 
 
@@ -124,12 +120,8 @@ def _from_weights(weights: AdapterWeights) -> IPAdapter:
             f"ip_adapter_file '{weights.name}' looks like a {layout.variant} adapter but its weights do not fit one: "
             f"the file is damaged or of a variant Luna does not know ({error})"
         ) from error
-    patcher = ModelPatcher(
-        network,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    return IPAdapter(weights.name, layout, patcher, _projection_digest(weights))
+    load, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    return IPAdapter(weights.name, layout, ModelPatcher(network, load, offload), _projection_digest(weights))
 
 
 def _projection_digest(weights: AdapterWeights) -> bytes:

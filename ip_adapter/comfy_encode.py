@@ -3,7 +3,6 @@
 import hashlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -54,14 +53,13 @@ def clip_widths(clip_vision: Any) -> tuple[int, int]:
         LunaInputError: it is not an encoder of the CLIP kind.
     """
     encoder = getattr(clip_vision, "model", None)
-    projection = getattr(encoder, "visual_projection", None)
-    vision = getattr(encoder, "vision_model", None)
-    if projection is None or vision is None or getattr(projection, "weight", None) is None:
+    weight = getattr(getattr(encoder, "visual_projection", None), "weight", None)
+    if weight is None or getattr(encoder, "vision_model", None) is None:
         raise LunaInputError(
             "clip_vision is no CLIP vision model with projection: IP-Adapters need the CLIP encoder they were trained "
             "with, usually CLIP-ViT-H-14-laion2B-s32B-b79K"
         )
-    pooled, hidden = projection.weight.shape
+    pooled, hidden = weight.shape
     return hidden, pooled
 
 
@@ -99,8 +97,7 @@ def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbe
     memory = _memories.setdefault(clip_vision.model, weakref.WeakKeyDictionary()).setdefault(adapter.network, _Memory())
     digests = [_digest(image) for image in images]
     rows = {digest: memory.find(digest) for digest in digests}
-    new = [place for place, digest in enumerate(digests) if rows[digest] is None]
-    new = list({digests[place]: place for place in new}.values())
+    new = list({digest: place for place, digest in enumerate(digests) if rows[digest] is None}.values())
     with torch.no_grad():
         if new:
             no_room = LunaRuntimeError(
@@ -142,5 +139,4 @@ def _encode_nothing(clip_vision: Any, adapter: IPAdapter) -> Tensor:
 
 def _project(adapter: IPAdapter, encoded: Tensor) -> Tensor:
     device = adapter.load()
-    project: Callable[[Tensor], Tensor] = adapter.network.image_proj
-    return project(encoded.to(device)).to("cpu")
+    return adapter.network.image_proj(encoded.to(device)).to("cpu")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import LunaInputError, LunaRuntimeError
 from .anchors import ANCHORS, AnchorRun, Anchors, Scaling
-from .attention import CALLS, AnchoredAttention, Attention, Options, Sigmas
+from .attention import CALLS, AnchorCall, AnchoredAttention, Attention, Options, Sigmas
 from .comfy_adapter import IPAdapter
 from .embeds import RowEmbeds
 from .layer_weights import LayerWeights
@@ -53,9 +53,7 @@ def layers_for(model: Any, adapter: IPAdapter) -> list[AttentionLayer]:
             f"but model reads text tokens {'/'.join(map(str, sorted(widths)))} wide: "
             "use an adapter of the model's family"
         )
-    if len(layers) != len(layout.numbers) or any(
-        layer.inner_dim != inner for layer, inner in zip(layers, layout.inner_dims, strict=True)
-    ):
+    if tuple(layer.inner_dim for layer in layers) != layout.inner_dims:
         raise LunaInputError(
             f"ip_adapter '{adapter.name}' has {len(layout.numbers)} attention layers, model has {len(layers)}, "
             "or of other widths: a pruned or changed model needs an adapter of its own"
@@ -185,22 +183,25 @@ def _apply_model(
     executor: WrapperExecutor,
     x: Tensor,
     t: Tensor,
-    c_concat: Tensor | None = None,
-    c_crossattn: Tensor | None = None,
-    control: Any = None,
-    transformer_options: Options = {},  # noqa: B006 ComfyUI's own signature
-    **kwargs: Any,
+    c_concat: Tensor | None,
+    c_crossattn: Tensor | None,
+    control: Any,
+    transformer_options: Options,
+    **more: Any,
 ) -> Tensor:
     """Arranges what the layers need for the rows of this call, on its device and in its dtype."""
     model: BaseModel = executor.class_obj  # type: ignore[assignment]
     runs = [_run(given, model.model_sampling) for given in transformer_options[ANCHORS]]
     replacements = _replacements(transformer_options)
-    resting = _resting(runs, replacements, transformer_options)
-    of_blocks = {key: replacement for key, replacement in replacements.items() if len(key) == 2}
+    known = AnchorCall(
+        entries=tuple(transformer_options["cond_or_uncond"]),
+        size=(x.shape[-2], x.shape[-1]),
+        resting=_resting(runs, replacements, transformer_options),
+        block_replacements={key: replacement for key, replacement in replacements.items() if len(key) == 2},
+    )
     dtype = model.manual_cast_dtype or model.get_dtype()
-    entries = transformer_options["cond_or_uncond"]
-    calls = tuple(run.call(entries, x, dtype, resting, of_blocks) for run in runs)
-    return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, CALLS: calls}, **kwargs)
+    calls = tuple(run.call(known, x, dtype) for run in runs)
+    return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, CALLS: calls}, **more)
 
 
 def _run(given: Anchors | AnchorRun, model_sampling: Any, guider: object = None) -> AnchorRun:
@@ -213,10 +214,8 @@ def _run(given: Anchors | AnchorRun, model_sampling: Any, guider: object = None)
 
 def _resting(runs: Sequence[AnchorRun], replacements: Mapping[Any, Attention], options: Options) -> tuple[Sigmas, ...]:
     """The ranges of noise levels in which this call is not; reads its level back from the device where one asks."""
-    ranges = {run.sigmas for run in runs}
-    for replacement in replacements.values():
-        if isinstance(replacement, AnchoredAttention):
-            ranges.update(replacement.ranges())
+    ours = [replacement for replacement in replacements.values() if isinstance(replacement, AnchoredAttention)]
+    ranges = {run.sigmas for run in runs}.union(*(replacement.ranges() for replacement in ours))
     ranges = {(start, end) for start, end in ranges if start < 1e6 or end > 0}
     if not ranges or "sigmas" not in options:
         return ()

@@ -28,7 +28,7 @@ from builders.ip_adapter_reference import MARKS
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from luna_refinement.ip_adapter.anchors import ANCHORS
-from luna_refinement.ip_adapter.attention import CALLS, token_grid
+from luna_refinement.ip_adapter.attention import CALLS, AnchorCall, token_grid
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from torch import Tensor
@@ -283,12 +283,13 @@ def test_a_mask_acts_on_its_tokens_only(height: int, width: int) -> None:
     layer = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 1, 0]
     q = torch.randn(2 * ROWS, height * width, 32)
     text = torch.randn(2 * ROWS, 7, 32)
-    options = {"n_heads": 4, "cond_or_uncond": [1, 0], "original_shape": [2 * ROWS, 4, height, width]}
+    options: dict[str, Any] = {"n_heads": 4, "cond_or_uncond": [1, 0], "original_shape": [2 * ROWS, 4, height, width]}
     options |= {"sigmas": torch.tensor([5.0]), "block": ("input", 1)}
 
     def with_call(patched: Any) -> dict[str, Any]:
         (given,) = patched.model_options["transformer_options"][ANCHORS]
-        call = given.run().call(options["cond_or_uncond"], torch.empty(options["original_shape"]), torch.float32)
+        known = AnchorCall((1, 0), (height, width))
+        call = given.run().call(known, torch.empty(2 * ROWS, 4, height, width), torch.float32)
         return options | {CALLS: (call,)}
 
     masked = layer(q, text, text, with_call(patched)).reshape(2 * ROWS, height, width, 32)

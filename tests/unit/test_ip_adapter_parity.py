@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.utils import unet_to_diffusers
 from diffusers import UNet2DConditionModel
 from luna_refinement.ip_adapter.anchors import SCALINGS, Anchors
-from luna_refinement.ip_adapter.attention import CALLS, AnchoredAttention
+from luna_refinement.ip_adapter.attention import CALLS, AnchorCall, AnchoredAttention
 from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
@@ -87,7 +87,7 @@ def test_attention_follows_the_published_formula(scaling: str, roles: list[int])
     anchors = Anchors(
         RowEmbeds(cond, uncond), weights, [LayerFactor(0.5)], lambda x: [(x @ to_k.T, x @ to_v.T)], scaling
     )
-    call = anchors.run().call(roles, torch.empty(len(q), 4, 3, 3), q.dtype)
+    call = anchors.run().call(AnchorCall(tuple(roles), (3, 3)), torch.empty(len(q), 4, 3, 3), q.dtype)
     layer = AnchoredAttention(0, 0, torch_attention)
     result = layer(q, k, v, options(heads, roles, **{CALLS: (call,)}))
 

@@ -48,9 +48,8 @@ class IPAdapter:
 
     def key_values(self, tokens: Tensor) -> KeyValues:
         """Keys and values [n,T,inner] of every layer for image tokens [n,T,D], in float32."""
-        device = self.load()
         with torch.no_grad():
-            return self.network.key_values(tokens.to(device, torch.float32))
+            return self.network.key_values(tokens.to(self.load(), torch.float32))
 
 
 def load_ip_adapter(path: str) -> IPAdapter:

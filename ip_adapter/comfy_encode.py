@@ -1,13 +1,14 @@
 """Row embeddings from pictures: CLIP vision and the adapter's projection, in batches, remembered by content."""
 
 import hashlib
-import weakref
 from collections import OrderedDict
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import torch
-from torch import Tensor
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
 
 from ..comfy_memory import MemoryLimit
 from ..errors import LunaInputError, LunaRuntimeError
@@ -43,10 +44,10 @@ class _Memory:
             self.rows.popitem(last=False)
 
 
-_memories: "weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, _Memory]]" = weakref.WeakKeyDictionary()
+_memories: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Memory]] = WeakKeyDictionary()
 
 
-def clip_widths(clip_vision: Any) -> tuple[int, int]:
+def clip_widths(clip_vision: object) -> tuple[int, int]:
     """Width of the hidden states and of the pooled embed of ComfyUI's CLIP_VISION.
 
     Raises:
@@ -63,7 +64,7 @@ def clip_widths(clip_vision: Any) -> tuple[int, int]:
     return hidden, pooled
 
 
-def check_clip_vision(adapter: IPAdapter, clip_vision: Any) -> None:
+def check_clip_vision(adapter: IPAdapter, clip_vision: object) -> None:
     """Raises LunaInputError where the encoder is not of the kind the adapter was trained on."""
     hidden, pooled = clip_widths(clip_vision)
     layout = adapter.layout
@@ -76,13 +77,13 @@ def check_clip_vision(adapter: IPAdapter, clip_vision: Any) -> None:
         )
 
 
-def check_compatible(model: Any, adapter: IPAdapter, clip_vision: Any) -> None:
+def check_compatible(model: ModelPatcher, adapter: IPAdapter, clip_vision: object) -> None:
     """Raises LunaInputError unless model, adapter and encoder belong together; loads nothing."""
     layers_for(model, adapter)
     check_clip_vision(adapter, clip_vision)
 
 
-def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbeds:
+def encode_rows(adapter: IPAdapter, clip_vision: ClipVisionModel, images: Tensor) -> RowEmbeds:
     """One embedding per picture.
 
     Args:
@@ -94,7 +95,7 @@ def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbe
         Tokens in float32 on the CPU. "Without picture" is what the adapters were trained with: zeros for the pooled
         embed, for hidden states those of an encoder input of zeros.
     """
-    memory = _memories.setdefault(clip_vision.model, weakref.WeakKeyDictionary()).setdefault(adapter.network, _Memory())
+    memory = _memories.setdefault(clip_vision.model, WeakKeyDictionary()).setdefault(adapter.network, _Memory())
     digests = [_digest(image) for image in images]
     rows = {digest: memory.find(digest) for digest in digests}
     new = list({digest: place for place, digest in enumerate(digests) if rows[digest] is None}.values())
@@ -122,13 +123,13 @@ def _digest(image: Tensor) -> bytes:
     return hashlib.blake2b(pixels.numpy().tobytes() + str(tuple(pixels.shape)).encode(), digest_size=16).digest()
 
 
-def _encode(clip_vision: Any, images: Tensor, adapter: IPAdapter) -> Tensor:
+def _encode(clip_vision: ClipVisionModel, images: Tensor, adapter: IPAdapter) -> Tensor:
     encoded = clip_vision.encode_image(images[..., :3])
     output = encoded["image_embeds"] if adapter.layout.reads_pooled else encoded["penultimate_hidden_states"]
     return output.to(device="cpu", dtype=torch.float32)
 
 
-def _encode_nothing(clip_vision: Any, adapter: IPAdapter) -> Tensor:
+def _encode_nothing(clip_vision: ClipVisionModel, adapter: IPAdapter) -> Tensor:
     if adapter.layout.reads_pooled:
         return torch.zeros(1, adapter.layout.clip_dim)
     comfy.model_management.load_models_gpu([clip_vision.patcher])
@@ -138,5 +139,4 @@ def _encode_nothing(clip_vision: Any, adapter: IPAdapter) -> Tensor:
 
 
 def _project(adapter: IPAdapter, encoded: Tensor) -> Tensor:
-    device = adapter.load()
-    return adapter.network.image_proj(encoded.to(device)).to("cpu")
+    return adapter.network.image_proj(encoded.to(adapter.load())).to("cpu")

@@ -33,12 +33,12 @@ _PASSES_OPTIONS = any(
 )
 
 
-def model_supports_anchoring(model: Any) -> bool:
+def model_supports_anchoring(model: ModelPatcher) -> bool:
     """True for a UNet with cross-attention to text (SD1.5, SDXL and their kin)."""
     return bool(attention_layers(model.get_model_object("diffusion_model")))
 
 
-def layers_for(model: Any, adapter: IPAdapter) -> list[AttentionLayer]:
+def layers_for(model: ModelPatcher, adapter: IPAdapter) -> list[AttentionLayer]:
     """The model's layers, one per key and value pair of the adapter.
 
     Raises:
@@ -62,7 +62,7 @@ def layers_for(model: Any, adapter: IPAdapter) -> list[AttentionLayer]:
 
 
 def patch_model(
-    model: Any,
+    model: ModelPatcher,
     adapter: IPAdapter,
     embeds: RowEmbeds,
     weight: float | Tensor = 1.0,
@@ -71,11 +71,11 @@ def patch_model(
     layer_weights: LayerWeights | None = None,
     scaling: Scaling = "V only",
     row_masks: Tensor | None = None,
-) -> Any:
+) -> ModelPatcher:
     """A clone of the model on which row i of a batch attends to embedding i.
 
     Args:
-        model: ModelPatcher; not modified.
+        model: not modified.
         adapter: whose keys and values act.
         embeds: one per row.
         weight: of all rows, or [N].
@@ -170,9 +170,8 @@ def _calc_cond_batch(
     or self-attention guidance a single one of them.
     """
     options = model_options["transformer_options"]
-    size = (x.shape[-2], x.shape[-1])  # some samplers change it on the way
-    runs = tuple(
-        replace(run, roles=_roles(getattr(run.guider, "conds", {}), conds), latent_size=size)
+    runs = tuple(  # some samplers change the size on the way
+        replace(run, roles=_roles(getattr(run.guider, "conds", {}), conds), latent_size=(x.shape[-2], x.shape[-1]))
         for run in (_run(given, model.model_sampling) for given in options[ANCHORS])
     )
     known = model_options | {"transformer_options": options | {ANCHORS: runs}}
@@ -185,9 +184,9 @@ def _apply_model(
     t: Tensor,
     c_concat: Tensor | None,
     c_crossattn: Tensor | None,
-    control: Any,
+    control: object,
     transformer_options: Options,
-    **more: Any,
+    **more: object,
 ) -> Tensor:
     """Arranges what the layers need for the rows of this call, on its device and in its dtype."""
     model: BaseModel = executor.class_obj  # type: ignore[assignment]

@@ -103,6 +103,34 @@ def above_the_wrappers(patched: Any, in_threads: bool) -> tuple[Any, OneModelEac
     return guider, each
 
 
+def by_the_host(patched: Any, in_threads: bool) -> tuple[Any, OneModelEach]:
+    """ComfyUI's own multi-GPU code, on two devices that it takes for different ones."""
+    from comfy.multigpu import MultiGPUThreadPool
+
+    patched = patched.clone()
+    each = OneModelEach(patched, lambda *_: torch.empty(0), in_threads)
+    devices = [torch.device("cpu"), torch.device("cpu", 0)]
+
+    def calc_cond_batch(_: Any, *args: Any) -> list[Tensor]:
+        *given, model_options = args
+        pool = MultiGPUThreadPool(devices) if in_threads else None
+        clones = dict(zip(devices, (model.current_patcher for model in each.models), strict=True))
+        options = model_options | {"multigpu_clones": clones, "multigpu_thread_pool": pool}
+        try:
+            return comfy.samplers._calc_cond_batch_multigpu(*given, options)
+        finally:
+            if pool is not None:
+                pool.shutdown()
+
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "two devices", calc_cond_batch)
+    patched.set_model_attn2_patch(each.wait)
+    return plain_guider(patched, prompts("sd15")), each
+
+
+WAYS = [below_the_wrappers, above_the_wrappers]
+if hasattr(comfy.samplers, "_calc_cond_batch_multigpu"):
+    WAYS.append(by_the_host)
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "everywhere": {},
     "range and masks": {"start_percent": 0.0, "end_percent": 0.6, "row_masks": torch.rand(ROWS, 64, 64)},
@@ -110,7 +138,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("make", [below_the_wrappers, above_the_wrappers])
+@pytest.mark.parametrize("make", WAYS)
 def test_conds_in_threads_on_clones_give_the_same_bits_as_one_after_the_other(make: Any, settings: str) -> None:
     once = anchored(tiny.unet("sd15"), **SETTINGS[settings])
     patched = patch_model(once, adapter("sd15"), embeds("sd15", name="other pictures"), weight=0.5)

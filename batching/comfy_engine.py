@@ -11,6 +11,7 @@ from torch import Tensor
 from ..comfy_memory import MemoryLimit
 from ..errors import LunaRuntimeError
 from ..ip_adapter import LayerWeights, RowEmbeds
+from ..ip_adapter.comfy_adapter import IPAdapter
 from ..ip_adapter.comfy_encode import encode_rows
 from ..ip_adapter.comfy_encode import views as views_of
 from ..ip_adapter.comfy_patch import IPAdapter, patch_model

@@ -10,7 +10,8 @@ import torch
 from bench_models import Models, sd15_files, tiny_models
 from comfy.ldm.modules.attention import optimized_attention
 from luna_refinement.ip_adapter import RowEmbeds
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, layers_for, patch_model
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter
+from luna_refinement.ip_adapter.comfy_patch import layers_for, patch_model
 from report import Report, Table, median, milliseconds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

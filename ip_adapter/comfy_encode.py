@@ -1,20 +1,21 @@
 """Row embeddings from pictures: CLIP vision and the adapter's projection, in batches, remembered by content."""
 
 import hashlib
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.clip_model
 import comfy.clip_vision
 import comfy.model_management
 import torch
-from torch import Tensor
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
 
 from ..comfy_memory import MemoryLimit
 from ..errors import LunaInputError, LunaRuntimeError
-from .comfy_patch import IPAdapter, layers_for
+from .comfy_adapter import IPAdapter
+from .comfy_patch import layers_for
 from .embeds import RowEmbeds
 
 _ROWS_PER_BATCH = 16
@@ -45,28 +46,27 @@ class _Memory:
             self.rows.popitem(last=False)
 
 
-_memories: "weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, _Memory]]" = weakref.WeakKeyDictionary()
+_memories: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Memory]] = WeakKeyDictionary()
 
 
-def clip_widths(clip_vision: Any) -> tuple[int, int]:
+def clip_widths(clip_vision: object) -> tuple[int, int]:
     """Width of the hidden states and of the pooled embed of ComfyUI's CLIP_VISION.
 
     Raises:
         LunaInputError: it is not an encoder of the CLIP kind.
     """
     encoder = getattr(clip_vision, "model", None)
-    projection = getattr(encoder, "visual_projection", None)
-    vision = getattr(encoder, "vision_model", None)
-    if projection is None or vision is None or getattr(projection, "weight", None) is None:
+    weight = getattr(getattr(encoder, "visual_projection", None), "weight", None)
+    if weight is None or getattr(encoder, "vision_model", None) is None:
         raise LunaInputError(
             "clip_vision is no CLIP vision model with projection: IP-Adapters need the CLIP encoder they were trained "
             "with, usually CLIP-ViT-H-14-laion2B-s32B-b79K"
         )
-    pooled, hidden = projection.weight.shape
+    pooled, hidden = weight.shape
     return hidden, pooled
 
 
-def check_clip_vision(adapter: IPAdapter, clip_vision: Any) -> None:
+def check_clip_vision(adapter: IPAdapter, clip_vision: object) -> None:
     """Raises LunaInputError where the encoder is not of the kind the adapter was trained on."""
     hidden, pooled = clip_widths(clip_vision)
     layout = adapter.layout
@@ -79,7 +79,7 @@ def check_clip_vision(adapter: IPAdapter, clip_vision: Any) -> None:
         )
 
 
-def check_compatible(model: Any, adapter: IPAdapter, clip_vision: Any) -> None:
+def check_compatible(model: ModelPatcher, adapter: IPAdapter, clip_vision: object) -> None:
     """Raises LunaInputError unless model, adapter and encoder belong together; loads nothing."""
     layers_for(model, adapter)
     check_clip_vision(adapter, clip_vision)
@@ -112,8 +112,7 @@ def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbe
     images = views(clip_vision, images)
     digests = [_digest(image) for image in images]
     rows = {digest: memory.find(digest) for digest in digests}
-    new = [place for place, digest in enumerate(digests) if rows[digest] is None]
-    new = list({digests[place]: place for place in new}.values())
+    new = list({digest: place for place, digest in enumerate(digests) if rows[digest] is None}.values())
     with torch.no_grad():
         if new:
             no_room = LunaRuntimeError(
@@ -143,7 +142,7 @@ def _encode(clip_vision: Any, images: Tensor, adapter: IPAdapter) -> Tensor:
     return output.to(device="cpu", dtype=torch.float32)
 
 
-def _encode_nothing(clip_vision: Any, adapter: IPAdapter) -> Tensor:
+def _encode_nothing(clip_vision: ClipVisionModel, adapter: IPAdapter) -> Tensor:
     if adapter.layout.reads_pooled:
         return torch.zeros(1, adapter.layout.clip_dim)
     comfy.model_management.load_models_gpu([clip_vision.patcher])
@@ -153,6 +152,4 @@ def _encode_nothing(clip_vision: Any, adapter: IPAdapter) -> Tensor:
 
 
 def _project(adapter: IPAdapter, encoded: Tensor) -> Tensor:
-    device = adapter.load()
-    project: Callable[[Tensor], Tensor] = adapter.network.image_proj
-    return project(encoded.to(device)).to("cpu")
+    return adapter.network.image_proj(encoded.to(adapter.load())).to("cpu")

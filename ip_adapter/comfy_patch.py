@@ -1,33 +1,30 @@
-"""IP-Adapters on ComfyUI: files as managed models, and the patch that anchors every row of a batch."""
+"""The patch that anchors every row of a batch, and the wrappers that tell it what is known of each call.
+
+The frozen state of a call travels in ``transformer_options``: with the model, then with the sampling call, then with
+each call of the model, each on a copy of the options of its own, whatever threads they run in.
+"""
 
 import copy
-import hashlib
 import inspect
-import pickle
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import comfy.model_management
-import comfy.ops
-import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ..errors import LunaInputError, LunaRuntimeError
-from ..weight_files import inflated_bytes
-from .attention import AnchoredAttention, AnchorOptions, KeyValues, Options, RowAnchors, Scaling
+from .anchors import ANCHORS, AnchorRun, Anchors, Scaling
+from .attention import CALLS, AnchorCall, AnchoredAttention, Attention, Options, Sigmas
+from .comfy_adapter import IPAdapter
 from .embeds import RowEmbeds
-from .files import AdapterLayout, AdapterWeights, read_layout, split_weights
 from .layer_weights import LayerWeights
 from .layers import AttentionLayer, attention_layers
-from .projection import AdapterNetwork
 
 _KEY = "luna_ip_adapter"
 _PASSES_OPTIONS = any(
@@ -36,133 +33,12 @@ _PASSES_OPTIONS = any(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class IPAdapter:
-    """An IP-Adapter whose weights ComfyUI loads and unloads like any model's.
-
-    Attributes:
-        name: of the file.
-        layout: variant and sizes.
-        patcher: ModelPatcher around an ``AdapterNetwork``.
-        projection: digest of the image projection, which tells the embeds of one adapter from those of another.
-    """
-
-    name: str
-    layout: AdapterLayout
-    patcher: Any
-    projection: bytes = b""
-
-    @property
-    def network(self) -> AdapterNetwork:
-        return self.patcher.model
-
-    def load(self) -> torch.device:
-        """Brings the weights to where they compute."""
-        comfy.model_management.load_models_gpu([self.patcher])
-        return self.patcher.load_device
-
-    def key_values(self, tokens: Tensor) -> KeyValues:
-        """Keys and values [n,T,inner] of every layer for image tokens [n,T,D], in float32."""
-        device = self.load()
-        with torch.no_grad():
-            return self.network.key_values(tokens.to(device, torch.float32))
-
-
-def load_ip_adapter(path: str) -> IPAdapter:
-    """Reads a .safetensors file, or a .bin file through PyTorch's weights-only unpickler.
-
-    Raises:
-        LunaInputError: the file is damaged, unsafe, or no supported IP-Adapter.
-    """
-    name = Path(path).name
-    try:
-        if claimed := inflated_bytes(path):
-            raise LunaInputError(
-                f"ip_adapter_file '{name}' is packed and would grow to {claimed} bytes: get the adapter as .safetensors"
-            )
-        state_dict = comfy.utils.load_torch_file(path, safe_load=True)
-    except LunaInputError:
-        raise
-    except FileNotFoundError:
-        raise LunaInputError(
-            f"ip_adapter_file '{name}' is gone: press R to refresh the list and choose again"
-        ) from None
-    except pickle.UnpicklingError as error:
-        raise LunaInputError(
-            f"ip_adapter_file '{name}' was not opened: it is damaged, or it carries code or objects besides weights, "
-            "which could harm this machine. Get the adapter as .safetensors, or from its author again"
-        ) from error
-    except Exception as error:
-        # The loaders raise many kinds of error; the reason is passed on in full.
-        raise LunaInputError(
-            f"ip_adapter_file '{name}' cannot be read, the file is incomplete or damaged: download it again ({error})"
-        ) from error
-    return _from_weights(split_weights(state_dict, name))
-
-
-_converted: dict[tuple[int, int], IPAdapter] = {}
-"""Adapters of other packs' weights by the identity of a tensor of either half, for as long as both live."""
-
-
-def as_ip_adapter(given: Any) -> IPAdapter:
-    """Our own adapter as it is; those of the widely used loader packs, plain or inside their pipeline, converted once.
-
-    Raises:
-        LunaInputError: it is neither.
-    """
-    if isinstance(given, IPAdapter):
-        return given
-    weights = given
-    if isinstance(weights, dict) and isinstance(weights.get("ipadapter"), dict):
-        weights = weights["ipadapter"].get("model")
-    if not isinstance(weights, dict) or not {"image_proj", "ip_adapter"} <= weights.keys():
-        raise LunaInputError(
-            f"ip_adapter is a {type(given).__name__} of unknown layout: "
-            "connect Luna's IP-Adapter Loader, or an IPAdapter loader that gives image_proj and ip_adapter weights"
-        )
-    split = split_weights(weights, "of the connected loader")
-    marks = [next(iter(half.values())) for half in (split.image_proj, split.ip_adapter)]
-    place = (id(marks[0]), id(marks[1]))
-    if place not in _converted:
-        _converted[place] = _from_weights(split)
-        for mark in marks:
-            weakref.finalize(mark, _converted.pop, place, None)
-    return _converted[place]
-
-
-def _from_weights(weights: AdapterWeights) -> IPAdapter:
-    layout = read_layout(weights)
-    try:
-        network = AdapterNetwork(weights, layout, comfy.ops.manual_cast)
-    except RuntimeError as error:
-        raise LunaInputError(
-            f"ip_adapter_file '{weights.name}' looks like a {layout.variant} adapter but its weights do not fit one: "
-            f"the file is damaged or of a variant Luna does not know ({error})"
-        ) from error
-    patcher = ModelPatcher(
-        network,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    return IPAdapter(weights.name, layout, patcher, _projection_digest(weights))
-
-
-def _projection_digest(weights: AdapterWeights) -> bytes:
-    """From the names and the small weights (norms and biases), which no two trainings share."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key, value in sorted(weights.image_proj.items()):
-        digest.update(f"{key}{tuple(value.shape)}".encode())
-        if value.ndim == 1:
-            digest.update(value.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes())
-    return digest.digest()
-
-
-def model_supports_anchoring(model: Any) -> bool:
+def model_supports_anchoring(model: ModelPatcher) -> bool:
     """True for a UNet with cross-attention to text (SD1.5, SDXL and their kin)."""
     return bool(attention_layers(model.get_model_object("diffusion_model")))
 
 
-def layers_for(model: Any, adapter: IPAdapter) -> list[AttentionLayer]:
+def layers_for(model: ModelPatcher, adapter: IPAdapter) -> list[AttentionLayer]:
     """The model's layers, one per key and value pair of the adapter.
 
     Raises:
@@ -177,9 +53,7 @@ def layers_for(model: Any, adapter: IPAdapter) -> list[AttentionLayer]:
             f"but model reads text tokens {'/'.join(map(str, sorted(widths)))} wide: "
             "use an adapter of the model's family"
         )
-    if len(layers) != len(layout.numbers) or any(
-        layer.inner_dim != inner for layer, inner in zip(layers, layout.inner_dims, strict=True)
-    ):
+    if tuple(layer.inner_dim for layer in layers) != layout.inner_dims:
         raise LunaInputError(
             f"ip_adapter '{adapter.name}' has {len(layout.numbers)} attention layers, model has {len(layers)}, "
             "or of other widths: a pruned or changed model needs an adapter of its own"
@@ -188,7 +62,7 @@ def layers_for(model: Any, adapter: IPAdapter) -> list[AttentionLayer]:
 
 
 def patch_model(
-    model: Any,
+    model: ModelPatcher,
     adapter: IPAdapter,
     embeds: RowEmbeds,
     weight: float | Tensor = 1.0,
@@ -197,11 +71,11 @@ def patch_model(
     layer_weights: LayerWeights | None = None,
     scaling: Scaling = "V only",
     row_masks: Tensor | None = None,
-) -> Any:
+) -> ModelPatcher:
     """A clone of the model on which row i of a batch attends to embedding i.
 
     Args:
-        model: ModelPatcher; not modified.
+        model: not modified.
         adapter: whose keys and values act.
         embeds: one per row.
         weight: of all rows, or [N].
@@ -214,43 +88,46 @@ def patch_model(
         LunaInputError: adapter and model do not fit together.
     """
     layers = layers_for(model, adapter)
-    factors = (layer_weights or LayerWeights()).resolve(layers)
-    sampling = model.get_model_object("model_sampling")
-    options = AnchorOptions(
+    anchors = Anchors(
+        embeds=embeds,
         weights=torch.as_tensor(weight, dtype=torch.float32).expand(len(embeds)),
+        factors=(layer_weights or LayerWeights()).resolve(layers),
+        key_values_of=adapter.key_values,
         scaling=scaling,
         start_percent=start_percent,
         end_percent=end_percent,
         masks=row_masks,
-    ).for_schedule(sampling)
-    anchors = RowAnchors(embeds, options, adapter.key_values)
+    )
     patched = model.clone()
-    for pair, (layer, factor) in enumerate(zip(layers, factors, strict=True)):
+    options = patched.model_options["transformer_options"]
+    before: tuple[Anchors, ...] = options.get(ANCHORS, ())
+    options[ANCHORS] = (*before, anchors)
+    for pair, (layer, factor) in enumerate(zip(layers, anchors.factors, strict=True)):
         if factor.factor:
-            previous = _replacements(patched.model_options).get(layer.key)
-            replacement = AnchoredAttention(anchors, pair, factor.factor, factor.swapped, _attention, previous)
-            patched.set_model_attn2_replace(replacement, *layer.key)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _prepare_for(anchors))
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, _roles_for(anchors))
-    if not patched.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
+            previous = _replacements(options).get(layer.key)
+            patched.set_model_attn2_replace(AnchoredAttention(len(before), pair, _attention, previous), *layer.key)
+    if not before:
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _outer_sample)
+        patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, _calc_cond_batch)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, _apply_model)
         patched.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _give_own_replacements)
     return patched
 
 
-def _give_own_replacements(_: Any, clone: Any) -> None:
+def _give_own_replacements(_: ModelPatcher, clone: ModelPatcher) -> None:
     """Gives a clone replacements of its own, to which other packs may add: newer ComfyUI lets clones share objects.
 
     ComfyUI calls this for every clone of a clone too, and for those it makes for further GPUs.
     """
-    replacements = _replacements(clone.model_options)
+    replacements = _replacements(clone.model_options["transformer_options"])
     for key, replacement in replacements.items():
         if isinstance(replacement, AnchoredAttention):
             replacements[key] = copy.copy(replacement)
 
 
-def _replacements(model_options: Mapping[str, Any]) -> dict[Any, Any]:
+def _replacements(options: Options) -> dict[Any, Attention]:
     """Cross-attention replacements on a model, by transformer (part, block, transformer) or block (part, block)."""
-    return model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+    return options.get("patches_replace", {}).get("attn2", {})
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -258,49 +135,95 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     return optimized_attention(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **passed)
 
 
-def _prepare_for(anchors: RowAnchors) -> Callable[..., Any]:
-    """Makes keys and values before a sampling call and drops them after it, however it ends."""
+# -- what is known, from the whole sampling call to a call of the model ----------------------------
 
-    def outer_sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+
+def _outer_sample(executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Makes keys and values before a sampling call and drops them after it, however it ends."""
+    guider: CFGGuider = executor.class_obj  # type: ignore[assignment]
+    options = guider.model_options["transformer_options"]  # the guider's own for this call
+    given: tuple[Anchors, ...] = options[ANCHORS]
+    for anchors in given:
         if noise.shape[0] != len(anchors.embeds):
             raise LunaRuntimeError(
                 f"ip_adapter: {len(anchors.embeds)} image embeds for a batch of {noise.shape[0]} latents: every latent "
                 "needs its own embed. Give as many images as the latent batch holds"
             )
-        try:
-            anchors.prepare()
-            guider = executor.class_obj
-            # a node after Luna's may have changed the schedule, and with it the noise levels of the range
-            options = anchors.options.for_schedule(guider.model_patcher.get_model_object("model_sampling"))
-            with _during(anchors, guider=guider, options=options):
-                return executor(noise, *args, **kwargs)
-        finally:
-            anchors.release()
-
-    return outer_sample
-
-
-_NEGATIVE = ("negative", "empty_negative_prompt")
-"""Names under which ComfyUI's guiders keep prompts that pictures must not anchor."""
+    # a node after Luna's may have changed the schedule, and with it the noise levels of the range
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    runs = [_run(anchors, sampling, guider) for anchors in given]
+    options[ANCHORS] = tuple(runs)
+    try:
+        return executor(noise, *args, **kwargs)
+    finally:
+        options[ANCHORS] = given
+        for run in runs:
+            run.release()
 
 
-def _roles_for(anchors: RowAnchors) -> Callable[..., Any]:
+def _calc_cond_batch(
+    executor: WrapperExecutor, model: BaseModel, conds: list[Any], x: Tensor, timestep: Tensor, model_options: Any
+) -> list[Tensor]:
     """Tells positive from negative prompts by the guider's own lists, in whatever order they are evaluated.
 
     Plain guidance evaluates [positive, negative], dual guidance [negative, middle, positive], and perturbed guidance
     or self-attention guidance a single one of them.
     """
+    options = model_options["transformer_options"]
+    runs = tuple(  # some samplers change the size on the way
+        replace(run, roles=_roles(getattr(run.guider, "conds", {}), conds), latent_size=(x.shape[-2], x.shape[-1]))
+        for run in (_run(given, model.model_sampling) for given in options[ANCHORS])
+    )
+    known = model_options | {"transformer_options": options | {ANCHORS: runs}}
+    return executor(model, conds, x, timestep, known)
 
-    def calc_cond_batch(
-        executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: Any
-    ) -> Any:
-        roles = _roles(getattr(anchors.guider, "conds", {}), conds)
-        size = (x.shape[-2], x.shape[-1])  # some samplers change it on the way
-        replacements = _replacements(model_options)
-        with _during(anchors, roles=roles, latent_size=size, block_replacements=replacements):
-            return executor(model, conds, x, timestep, model_options)
 
-    return calc_cond_batch
+def _apply_model(
+    executor: WrapperExecutor,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None,
+    c_crossattn: Tensor | None,
+    control: object,
+    transformer_options: Options,
+    **more: object,
+) -> Tensor:
+    """Arranges what the layers need for the rows of this call, on its device and in its dtype."""
+    model: BaseModel = executor.class_obj  # type: ignore[assignment]
+    runs = [_run(given, model.model_sampling) for given in transformer_options[ANCHORS]]
+    replacements = _replacements(transformer_options)
+    known = AnchorCall(
+        entries=tuple(transformer_options["cond_or_uncond"]),
+        size=(x.shape[-2], x.shape[-1]),
+        resting=_resting(runs, replacements, transformer_options),
+        block_replacements={key: replacement for key, replacement in replacements.items() if len(key) == 2},
+    )
+    dtype = model.manual_cast_dtype or model.get_dtype()
+    calls = tuple(run.call(known, x, dtype) for run in runs)
+    return executor(x, t, c_concat, c_crossattn, control, {**transformer_options, CALLS: calls}, **more)
+
+
+def _run(given: Anchors | AnchorRun, model_sampling: Any, guider: object = None) -> AnchorRun:
+    """The anchors of the sampling call under way; made anew where a node calls the model outside of one."""
+    if isinstance(given, AnchorRun):
+        return given
+    start, end = (float(model_sampling.percent_to_sigma(p)) for p in (given.start_percent, given.end_percent))
+    return given.run((start, end), guider)
+
+
+def _resting(runs: Sequence[AnchorRun], replacements: Mapping[Any, Attention], options: Options) -> tuple[Sigmas, ...]:
+    """The ranges of noise levels in which this call is not; reads its level back from the device where one asks."""
+    ours = [replacement for replacement in replacements.values() if isinstance(replacement, AnchoredAttention)]
+    ranges = {run.sigmas for run in runs}.union(*(replacement.ranges() for replacement in ours))
+    ranges = {(start, end) for start, end in ranges if start < 1e6 or end > 0}
+    if not ranges or "sigmas" not in options:
+        return ()
+    sigma = float(options["sigmas"].max())
+    return tuple(sorted((start, end) for start, end in ranges if not end <= sigma <= start))
+
+
+_NEGATIVE = ("negative", "empty_negative_prompt")
+"""Names under which ComfyUI's guiders keep prompts that pictures must not anchor."""
 
 
 def _roles(by_name: Mapping[str, Any], conds: Sequence[Any]) -> tuple[bool, ...]:
@@ -311,16 +234,3 @@ def _roles(by_name: Mapping[str, Any], conds: Sequence[Any]) -> tuple[bool, ...]
     known = {id(entry): name not in _NEGATIVE for name, entry in by_name.items()}
     is_first_positive = len(conds) > 1 or "positive" not in by_name
     return tuple(known.get(id(entry), place == 0 and is_first_positive) for place, entry in enumerate(conds))
-
-
-@contextmanager
-def _during(anchors: RowAnchors, **state: Any) -> Iterator[None]:
-    """Sets attributes of the anchors, and puts back what was there before."""
-    before = {name: getattr(anchors, name) for name in state}
-    for name, value in state.items():
-        setattr(anchors, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(anchors, name, value)

@@ -37,11 +37,6 @@ class RowEmbeds:
     def __len__(self) -> int:
         return self.cond.shape[0]
 
-    def rows(self, start: int, stop: int) -> "RowEmbeds":
-        """The embeddings of rows start..stop-1."""
-        uncond = self.uncond if self.uncond.shape[0] == 1 else self.uncond[start:stop]
-        return replace(self, cond=self.cond[start:stop], uncond=uncond)
-
     def take(self, places: Sequence[int]) -> "RowEmbeds":
         """The embeddings of the rows at these positions."""
         uncond = self.uncond if self.uncond.shape[0] == 1 else self.uncond[list(places)]

@@ -14,7 +14,8 @@ Variant = Literal["plus", "plain", "full_face"]
 StateDict = dict[str, Tensor]
 
 _PREFIXES = {"image_proj.": "image_proj", "ip_adapter.": "ip_adapter", "adapter_modules.": "ip_adapter"}
-_RESAMPLER_HEAD_DIM = 64
+HEAD_DIM = 64
+"""Width of an attention head of a resampler."""
 _FULL_FACE_TOKENS = 257
 _FACE_IDENTITY = 512
 _MODELS = {768: "SD1.5", 2048: "SDXL"}
@@ -137,9 +138,9 @@ def read_layout(weights: AdapterWeights) -> AdapterLayout:
     )
 
 
-def resampler_heads(weights: AdapterWeights) -> int:
-    """Attention heads of a plus file's resampler, 64 wide each."""
-    return _shape(weights, "layers.0.0.to_q.weight", 2)[0] // _RESAMPLER_HEAD_DIM
+def resampler_width(weights: AdapterWeights) -> int:
+    """Of the attention in a plus file's resampler, all heads together."""
+    return _shape(weights, "layers.0.0.to_q.weight", 2)[0]
 
 
 def resampler_depth(weights: AdapterWeights) -> int:
@@ -160,11 +161,11 @@ def _check_resampler(weights: AdapterWeights) -> None:
             f"{', '.join(sorted(numbers)[:5])}, …: 0 to at most {_MOST_LAYERS - 1} without a gap are needed; the file "
             "is damaged, download it again"
         )
-    width = _shape(weights, "layers.0.0.to_q.weight", 2)[0]
-    if width % _RESAMPLER_HEAD_DIM:
+    width = resampler_width(weights)
+    if width % HEAD_DIM:
         raise LunaInputError(
             f"ip_adapter_file '{weights.name}' has an image projection {width} wide, which is no whole number of "
-            f"attention heads of {_RESAMPLER_HEAD_DIM}: the file is damaged or of a variant Luna does not know"
+            f"attention heads of {HEAD_DIM}: the file is damaged or of a variant Luna does not know"
         )
 
 

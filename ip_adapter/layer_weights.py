@@ -1,7 +1,7 @@
 """How strongly each attention layer and each row is anchored: named presets, single blocks and a curve by text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,41 +18,6 @@ _MOST = 100.0
 
 _PAIR = re.compile(r"\s*([0-9]{1,4}|(?:input|middle|output)(?:\.[0-9]{1,4}){0,2})\s*:\s*(\S+)\s*")
 
-_SDXL_BLOCKS = 11  # blocks with attention of SDXL; SD1.5 has 16
-
-# Block indices that carry style and composition, per number of blocks, as users of the field's weight types know them.
-_STYLE = {11: {6}, 16: {0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15}}
-_COMPOSITION: dict[int, dict[int, float]] = {11: {3: 1.0}, 16: {4: 0.25, 5: 1.0}}
-_STRONG_COMPOSITION = {11: {3: 1.0}, 16: {4: 1.0, 5: 1.0}}
-
-LAYER_PRESETS = (
-    "linear",
-    "ease in",
-    "ease out",
-    "ease in-out",
-    "reverse in-out",
-    "weak input",
-    "weak middle",
-    "weak output",
-    "strong middle",
-    "style transfer",
-    "composition",
-    "strong style transfer",
-    "style and composition",
-    "strong style and composition",
-    "style transfer precise",
-    "composition precise",
-    "none",
-)
-
-_WEAK = {
-    "weak input": ("input",),
-    "weak middle": ("middle",),
-    "weak output": ("output",),
-    "strong middle": ("input", "output"),
-}
-_BY_BLOCK = frozenset(LAYER_PRESETS[9:16])
-
 
 @dataclass(frozen=True)
 class LayerFactor:
@@ -65,6 +30,37 @@ class LayerFactor:
 
     factor: float
     swapped: bool = False
+
+
+# Blocks that carry style and composition, per number of blocks with attention (SDXL 11, SD1.5 16), as users of the
+# field's weight types know them.
+_STYLE = {11: {6}, 16: {0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15}}
+_COMPOSITION = {11: {3: 1.0}, 16: {4: 0.25, 5: 1.0}}
+
+_CURVES: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda depth, middle: 1.0,
+    "ease in": lambda depth, middle: 1 - depth,
+    "ease out": lambda depth, middle: depth,
+    "ease in-out": lambda depth, middle: 1 - middle,
+    "reverse in-out": lambda depth, middle: middle,
+}
+"""Of the depth of a block, 0..1, and of its distance to the middle, 0..1."""
+
+_WEAK = {"weak input": "input", "weak middle": "middle", "weak output": "output", "strong middle": "input output"}
+"""Parts of the model that count little."""
+
+_BY_BLOCK: dict[str, Callable[[float, float], LayerFactor]] = {
+    "style transfer": lambda style, composition: LayerFactor(style),
+    "composition": lambda style, composition: LayerFactor(composition),
+    "strong style transfer": lambda style, composition: LayerFactor(0.0 if composition else 1.0),
+    "style and composition": lambda style, composition: LayerFactor(style + composition),
+    "strong style and composition": lambda style, composition: LayerFactor(1.0),
+    "style transfer precise": lambda style, composition: LayerFactor(composition or style, composition > 0),
+    "composition precise": lambda style, composition: LayerFactor(composition or style or 0.1, not composition),
+}
+"""Of how much style and composition a block carries, 0..1."""
+
+LAYER_PRESETS = (*_CURVES, *_WEAK, *_BY_BLOCK, "none")
 
 
 @dataclass(frozen=True)
@@ -114,48 +110,20 @@ class LayerWeights:
         return torch.from_numpy(np.interp(places, np.arange(len(self.row_curve)), self.row_curve)).float()
 
     def _preset_factor(self, layer: AttentionLayer, count: int) -> LayerFactor:
-        if self.preset in _BY_BLOCK:
-            if count not in _STYLE:
-                raise LunaInputError(
-                    f"layer_weights: preset '{self.preset}' names blocks of SD1.5 and SDXL, "
-                    f"but this model has {count} blocks with attention: use another preset or block:weight text"
-                )
-            return _block_preset(self.preset, layer.index, count)
-        return LayerFactor(_curve(self.preset, layer, count))
-
-
-def _curve(preset: str, layer: AttentionLayer, count: int) -> float:
-    if preset == "none":
-        return 0.0
-    if preset in _WEAK:
-        return 0.2 if layer.key[0] in _WEAK[preset] else 1.0
-    depth, middle = layer.index / count, abs(layer.index - count / 2) / (count / 2)
-    rise = {"linear": 1.0, "ease in": 1 - depth, "ease out": depth, "ease in-out": 1 - middle, "reverse in-out": middle}
-    return 0.05 + 0.95 * rise[preset]
-
-
-def _block_preset(preset: str, index: int, count: int) -> LayerFactor:
-    style = 1.0 if index in _STYLE[count] else 0.0
-    composition = _COMPOSITION[count].get(index, 0.0)
-    strong = _STRONG_COMPOSITION[count].get(index, 0.0)
-    # Strong style leaves out only what draws composition: for SDXL block 3, for SD1.5 blocks 4 and 5.
-    everywhere = 0.0 if strong else 1.0
-    is_sdxl = count == _SDXL_BLOCKS
-    if preset == "composition precise":
-        if strong:
-            return LayerFactor(composition)
-        return LayerFactor(1.0 if style else 0.1, swapped=True)
-    if preset == "style transfer precise":
-        return LayerFactor(composition, swapped=True) if strong else LayerFactor(style)
-    return LayerFactor(
-        {
-            "style transfer": style,
-            "composition": composition,
-            "style and composition": style + composition,
-            "strong style transfer": everywhere if is_sdxl or index not in (4, 5) else 0.0,
-            "strong style and composition": everywhere + strong,
-        }[preset]
-    )
+        if self.preset == "none":
+            return LayerFactor(0.0)
+        if self.preset in _WEAK:
+            return LayerFactor(0.2 if layer.key[0] in _WEAK[self.preset].split() else 1.0)
+        if self.preset in _CURVES:
+            middle = abs(layer.index - count / 2) / (count / 2)
+            return LayerFactor(0.05 + 0.95 * _CURVES[self.preset](layer.index / count, middle))
+        if count not in _STYLE:
+            raise LunaInputError(
+                f"layer_weights: preset '{self.preset}' names blocks of SD1.5 and SDXL, "
+                f"but this model has {count} blocks with attention: use another preset or block:weight text"
+            )
+        style, composition = float(layer.index in _STYLE[count]), _COMPOSITION[count].get(layer.index, 0.0)
+        return _BY_BLOCK[self.preset](style, composition)
 
 
 def parse_layer_weights(text: str) -> tuple[tuple[str, float], ...]:
@@ -205,6 +173,10 @@ def describe_blocks(layers: Sequence[AttentionLayer]) -> str:
         name = f"{layer.key[0]}.{layer.key[1]}"
         blocks[layer.index, name] = blocks.get((layer.index, name), 0) + 1
     return ", ".join(f"{index} = {name}" + (f" (x{n})" if n > 1 else "") for (index, name), n in blocks.items())
+
+
+def _entries(text: str) -> Iterator[str]:
+    return filter(str.strip, re.split(r"[,;\n]", text))
 
 
 def _matches(block: str, layer: AttentionLayer) -> bool:

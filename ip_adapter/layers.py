@@ -42,14 +42,14 @@ def attention_layers(unet: nn.Module) -> list[AttentionLayer]:
     """
     parts: dict[str, Any] = {
         "input": getattr(unet, "input_blocks", ()),
-        "middle": [unet.middle_block] if getattr(unet, "middle_block", None) is not None else (),
+        "middle": [getattr(unet, "middle_block", None)],
         "output": getattr(unet, "output_blocks", ()),
     }
     found: dict[str, list[AttentionLayer]] = {part: [] for part in parts}
     index = 0
     for part, blocks in parts.items():
         for number, block in enumerate(blocks):
-            for transformer in _transformers(block):
+            for transformer in (module for module in block or () if hasattr(module, "transformer_blocks")):
                 for place, layer in enumerate(transformer.transformer_blocks):
                     if getattr(layer, "attn2", None) is not None:
                         to_k = layer.attn2.to_k
@@ -57,7 +57,3 @@ def attention_layers(unet: nn.Module) -> list[AttentionLayer]:
                         found[part].append(AttentionLayer((part, number, place), index, inner, context))
                 index += 1
     return found["input"] + found["output"] + found["middle"]
-
-
-def _transformers(block: Any) -> list[Any]:
-    return [module for module in block if hasattr(module, "transformer_blocks")] if block is not None else []

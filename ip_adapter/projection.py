@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .files import AdapterLayout, AdapterWeights, resampler_depth, resampler_heads
+from .files import HEAD_DIM, AdapterLayout, AdapterWeights, resampler_depth, resampler_width
 
 
 class LinearProjection(nn.Module):
@@ -18,7 +19,7 @@ class LinearProjection(nn.Module):
         self.norm = operations.LayerNorm(cross_dim)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.norm(self.proj(pooled).reshape(pooled.shape[0], self.tokens, -1))
+        return self.norm(rearrange(self.proj(pooled), "n (t d) -> n t d", t=self.tokens))
 
 
 class FullFaceProjection(nn.Module):
@@ -42,8 +43,7 @@ class _ResamplerAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, head_dim: int, operations: Any) -> None:
         super().__init__()
-        self.heads = heads
-        inner = heads * head_dim
+        self.heads, inner = heads, heads * head_dim
         self.norm1 = operations.LayerNorm(dim)
         self.norm2 = operations.LayerNorm(dim)
         self.to_q = operations.Linear(dim, inner, bias=False)
@@ -53,9 +53,9 @@ class _ResamplerAttention(nn.Module):
     def forward(self, picture: Tensor, queries: Tensor) -> Tensor:
         picture, queries = self.norm1(picture), self.norm2(queries)
         k, v = self.to_kv(torch.cat((picture, queries), dim=1)).chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(queries), k, v))
+        q, k, v = (rearrange(x, "n t (heads d) -> n heads t d", heads=self.heads) for x in (self.to_q(queries), k, v))
         out = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(out, "n heads t d -> n t (heads d)"))
 
 
 class _ResamplerLayer(nn.ModuleList):
@@ -81,7 +81,7 @@ class Resampler(nn.Module):
         clip_dim: int,
         cross_dim: int,
         operations: Any,
-        head_dim: int = 64,
+        head_dim: int = HEAD_DIM,
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.empty(1, tokens, dim))
@@ -92,7 +92,7 @@ class Resampler(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         picture = self.proj_in(hidden)
-        queries = self.latents.to(picture).expand(hidden.shape[0], -1, -1)
+        queries = repeat(self.latents.to(picture), "1 t d -> n t d", n=len(hidden))
         for layer in self.layers:
             queries = layer(picture, queries)
         return self.norm_out(self.proj_out(queries))
@@ -154,5 +154,5 @@ def _projection(weights: AdapterWeights, layout: AdapterLayout, operations: Any)
     if layout.variant == "full_face":
         return FullFaceProjection(layout.clip_dim, layout.cross_dim, operations)
     dim = weights.image_proj["latents"].shape[2]
-    heads, depth = resampler_heads(weights), resampler_depth(weights)
+    heads, depth = resampler_width(weights) // HEAD_DIM, resampler_depth(weights)
     return Resampler(dim, depth, heads, layout.tokens, layout.clip_dim, layout.cross_dim, operations)

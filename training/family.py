@@ -15,7 +15,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.ops import disable_weight_init
 from comfy.taesd.taesd import TAESD
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter
 from torch import Tensor, nn
 
 from harness.clip_files import build_clip_text

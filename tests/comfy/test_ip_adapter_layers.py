@@ -8,7 +8,8 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import LayerWeights
-from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, layers_for, patch_model
+from luna_refinement.ip_adapter.comfy_adapter import as_ip_adapter
+from luna_refinement.ip_adapter.comfy_patch import layers_for, patch_model
 from luna_refinement.ip_adapter.layer_weights import LAYER_PRESETS, LayerFactor, parse_layer_weights
 from luna_refinement.ip_adapter.layers import AttentionLayer, attention_layers
 from luna_refinement.nodes.ip_adapter import LunaLayerWeights

@@ -13,7 +13,8 @@ import pytest
 import torch
 from luna_refinement.errors import LunaError, LunaInputError, LunaRuntimeError
 from luna_refinement.ip_adapter import LayerWeights, comfy_encode
-from luna_refinement.ip_adapter.attention import AnchoredAttention, RowAnchors
+from luna_refinement.ip_adapter.anchors import ANCHORS, AnchorRun, Anchors
+from luna_refinement.ip_adapter.attention import AnchorCall, AnchoredAttention
 from luna_refinement.ip_adapter.comfy_encode import check_clip_vision, encode_rows
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.projection import KeyValueLayers
@@ -135,19 +136,30 @@ def test_the_model_is_bit_for_bit_as_before(ending: str) -> None:
     model, given = tiny.unet("sd15"), prompts("sd15")
     result_before = sample(plain_guider(model, given))
     weights, hanging = weights_of(model), traces(model)
-    patched = anchored(model, start_percent=0.0, end_percent=0.9)
-    anchors = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["middle", 0, 0].anchors
-    error = ENDINGS[ending]
+    patched = anchored(model, start_percent=0.0, end_percent=0.9, row_masks=torch.ones(ROWS, 64, 64))
+    guider, error, runs = plain_guider(patched, given), ENDINGS[ending], []
+
+    def look(*_: Any) -> None:
+        (run,) = guider.model_options["transformer_options"][ANCHORS]
+        assert run.key_values
+        assert run.arranged
+        assert run.shrunk
+        runs.append(run)
+        if error is not None:
+            raise error
+
     if error is None:
-        first = sample(plain_guider(patched, given))
+        first = sample(guider, callback=look)
     else:
         with pytest.raises(type(error)):
-            sample(plain_guider(patched, given), callback=fail_with(error))
+            sample(guider, callback=look)
         first = sample(plain_guider(patched, given))
-    # the anchors hold neither keys and values nor anything of the call
-    assert anchors._cond is anchors._uncond is anchors.guider is anchors.latent_size is anchors.roles is None
-    assert not anchors._arranged
-    assert not anchors.block_replacements
+    # nothing of the call is left, whoever still holds it; and the patched model holds what it was given
+    assert runs
+    assert not any(run.key_values or run.arranged or run.shrunk for run in runs)
+    for holder in (patched, guider):
+        (anchors,) = holder.model_options["transformer_options"][ANCHORS]
+        assert type(anchors) is Anchors
     # the model it was made from is untouched
     assert traces(model) == hanging
     after = weights_of(model)
@@ -162,10 +174,10 @@ def test_a_wrong_batch_leaves_nothing_either() -> None:
     model, given = tiny.unet("sd15"), prompts("sd15")
     before = sample(plain_guider(model, given))
     patched = anchored(model)
-    anchors = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["middle", 0, 0].anchors
+    hanging = traces(patched)
     with pytest.raises(LunaRuntimeError):
         sample(plain_guider(patched, given), rows=ROWS + 1)
-    assert anchors._cond is anchors.guider is None
+    assert traces(patched) == hanging
     assert torch.equal(sample(plain_guider(model, given)), before)
 
 
@@ -177,7 +189,7 @@ def test_fifty_runs_leak_neither_objects_nor_memory() -> None:
     model, ip_adapter, given = tiny.unet("sd15"), adapter("sd15"), prompts("sd15")
     process = psutil.Process(os.getpid())
     gc.collect()
-    kinds = (AnchoredAttention, RowAnchors, KeyValueLayers)
+    kinds = (AnchoredAttention, Anchors, AnchorRun, AnchorCall, KeyValueLayers)
     before = [alive(kind) for kind in kinds]  # earlier tests may have left some with ComfyUI's list of loaded models
     resident: list[int] = []
     current = model

@@ -283,12 +283,20 @@ def test_a_mask_acts_on_its_tokens_only(height: int, width: int) -> None:
     layer = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 1, 0]
     q = torch.randn(2 * ROWS, height * width, 32)
     text = torch.randn(2 * ROWS, 7, 32)
-    options = {"n_heads": 4, "cond_or_uncond": [1, 0], "original_shape": [2 * ROWS, 4, height, width]}
+    options: dict[str, Any] = {"n_heads": 4, "cond_or_uncond": [1, 0], "original_shape": [2 * ROWS, 4, height, width]}
     options |= {"sigmas": torch.tensor([5.0]), "block": ("input", 1)}
-    masked = layer(q, text, text, options).reshape(2 * ROWS, height, width, 32)
+
+    def with_call(patched: Any) -> dict[str, Any]:
+        (given,) = patched.model_options["transformer_options"][ANCHORS]
+        known = AnchorCall((1, 0), (height, width))
+        call = given.run().call(known, torch.empty(2 * ROWS, 4, height, width), torch.float32)
+        return options | {CALLS: (call,)}
+
+    masked = layer(q, text, text, with_call(patched)).reshape(2 * ROWS, height, width, 32)
     without = layer.attention(q, text, text, options).reshape(masked.shape)
-    whole = anchored(model).model_options["transformer_options"]["patches_replace"]["attn2"]["input", 1, 0]
-    anchored_everywhere = whole(q, text, text, options).reshape(masked.shape)
+    whole = anchored(model)
+    everywhere = whole.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 1, 0]
+    anchored_everywhere = everywhere(q, text, text, with_call(whole)).reshape(masked.shape)
     middle = width // 2
     assert torch.equal(masked[:, :, middle + 1 :], without[:, :, middle + 1 :])
     assert torch.allclose(masked[:, :, : middle - 1], anchored_everywhere[:, :, : middle - 1], atol=1e-6)

@@ -39,7 +39,7 @@ def sampled(studio: Studio, recipe: Recipe, rows: slice, mask: Tensor | None) ->
     with torch.inference_mode():
         embeds = encode_rows(studio.plus, studio.clip_vision, images)
         start, stop, _ = rows.indices(3)
-        model = patch_model(recipe.model, studio.plus, embeds.rows(start, stop), 0.6)
+        model = patch_model(recipe.model, studio.plus, embeds.take(range(start, stop)), 0.6)
         return sample_rows(
             recipe,
             model,

@@ -8,7 +8,7 @@ import comfy.sd
 import pytest
 import torch
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
-from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, patch_model
+from luna_refinement.ip_adapter.comfy_patch import patch_model
 from torch import Tensor
 
 from harness.demo import face_crops

@@ -14,7 +14,7 @@ import torch
 from fuzz.strategies import FLOATS, json_texts, tensors, texts, values
 from fuzz.target import target
 from hypothesis import strategies as st
-from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, load_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import as_ip_adapter, load_ip_adapter
 from luna_refinement.nodes.concepts import LunaConcept
 from luna_refinement.sam3_bridge.sam3_files import check_folder, find_model
 from safetensors.torch import save

@@ -12,7 +12,7 @@ from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.upscale import fitted_size
 from luna_refinement.ip_adapter import LayerWeights, RowEmbeds
-from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import as_ip_adapter
 from luna_refinement.ip_adapter.layer_weights import parse_layer_weights, parse_numbers
 from luna_refinement.ip_adapter.layers import AttentionLayer
 from luna_refinement.nodes.checks import check_scaffold

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from luna_refinement.errors import LunaInputError
-from luna_refinement.ip_adapter import comfy_patch
-from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, load_ip_adapter
+from luna_refinement.ip_adapter import comfy_adapter
+from luna_refinement.ip_adapter.comfy_adapter import as_ip_adapter, load_ip_adapter
 from luna_refinement.ip_adapter.files import AdapterLayout, read_layout, split_weights
 from luna_refinement.ip_adapter.projection import AdapterNetwork
 from safetensors.torch import save_file
@@ -263,7 +263,7 @@ def test_unknown_and_damaged_weights_are_refused() -> None:
     ]
     for image_proj, ip_adapter, reason in cases:
         with pytest.raises(LunaInputError, match=f"'odd.bin'.*{reason}"):
-            comfy_patch._from_weights(split_weights({"image_proj": image_proj, "ip_adapter": ip_adapter}, "odd.bin"))
+            comfy_adapter._from_weights(split_weights({"image_proj": image_proj, "ip_adapter": ip_adapter}, "odd.bin"))
 
 
 def test_adapters_of_other_packs_are_converted_once() -> None:
@@ -285,13 +285,13 @@ def test_two_adapters_that_share_their_attention_are_told_apart() -> None:
 
 def test_a_converted_adapter_goes_with_its_source() -> None:
     gc.collect()
-    before = len(comfy_patch._converted)
+    before = len(comfy_adapter._converted)
     foreign = halves_of(tiny.ip_adapter_weights("sd15", "plain"))
     as_ip_adapter(foreign)
-    assert len(comfy_patch._converted) == before + 1
+    assert len(comfy_adapter._converted) == before + 1
     del foreign
     gc.collect()
-    assert len(comfy_patch._converted) == before
+    assert len(comfy_adapter._converted) == before
 
 
 def test_face_id_of_another_loader_is_refused_too() -> None:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from comfy.utils import unet_to_diffusers
 from diffusers import UNet2DConditionModel
-from luna_refinement.ip_adapter.attention import SCALINGS, AnchoredAttention, AnchorOptions, RowAnchors
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter, patch_model
+from luna_refinement.ip_adapter.anchors import SCALINGS, Anchors
+from luna_refinement.ip_adapter.attention import CALLS, AnchorCall, AnchoredAttention
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter
+from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
+from luna_refinement.ip_adapter.layer_weights import LayerFactor
 from torch import Tensor
 
 from harness import denoiser, tiny
@@ -81,9 +84,12 @@ def test_attention_follows_the_published_formula(scaling: str, roles: list[int])
     q = torch.randn((rows * len(roles), 9, inner), generator=generator)
     k, v = (torch.randn((rows * len(roles), 7, inner), generator=generator) for _ in range(2))
     weights = torch.tensor([0.4, 1.3, -0.7])
-    anchors = RowAnchors(RowEmbeds(cond, uncond), AnchorOptions(weights, scaling), lambda x: [(x @ to_k.T, x @ to_v.T)])
-    layer = AnchoredAttention(anchors, 0, 0.5, False, torch_attention)
-    result = layer(q, k, v, options(heads, roles))
+    anchors = Anchors(
+        RowEmbeds(cond, uncond), weights, [LayerFactor(0.5)], lambda x: [(x @ to_k.T, x @ to_v.T)], scaling
+    )
+    call = anchors.run().call(AnchorCall(tuple(roles), (3, 3)), torch.empty(len(q), 4, 3, 3), q.dtype)
+    layer = AnchoredAttention(0, 0, torch_attention)
+    result = layer(q, k, v, options(heads, roles, **{CALLS: (call,)}))
 
     q64, k64, v64, cond64, uncond64, to_k64, to_v64 = (x.double() for x in (q, k, v, cond, uncond, to_k, to_v))
     pictures = torch.cat([cond64 if role == 0 else uncond64.expand(rows, -1, -1) for role in roles])
@@ -126,6 +132,18 @@ def diffusers_unet(family: str, model: Any) -> Any:
     return unet.eval()
 
 
+def through_wrappers(patched: Any, latent: Tensor, timesteps: Tensor, text: Tensor, vector: Tensor | None) -> Tensor:
+    """The UNet alone, called as ComfyUI calls it: by way of what the patches of the model wrapped around it."""
+
+    def network(x: Tensor, t: Tensor, _: None, context: Tensor, control: None, to: dict[str, Any]) -> Tensor:
+        return patched.model.diffusion_model(x, t, context, y=vector, control=control, transformer_options=to)
+
+    to = {**patched.model_options["transformer_options"], "cond_or_uncond": [0]}
+    wrappers = patched.get_all_wrappers(WrappersMP.APPLY_MODEL)
+    executor = WrapperExecutor.new_class_executor(network, patched.model, wrappers)
+    return executor.execute(latent, timesteps, None, text, None, to)
+
+
 @pytest.mark.parametrize(
     ("family", "variant"), [("sd15", "plus"), ("sd15", "plain"), ("sd15", "full_face"), ("sdxl", "plus")]
 )
@@ -157,10 +175,9 @@ def test_a_whole_unet_gives_the_numbers_of_diffusers(family: str, variant: str) 
 
         tokens = tokens_of(adapter, encoded)
         patched = patch_model(model, adapter, RowEmbeds(tokens, torch.zeros_like(tokens[:1])), weight=0.8)
-        to = {**patched.model_options["transformer_options"], "cond_or_uncond": [0]}
         diffusion_model = model.model.diffusion_model
         ours_bare = diffusion_model(latent, timesteps, text, y=vector, transformer_options={})
-        ours = diffusion_model(latent, timesteps, text, y=vector, transformer_options=to)
+        ours = through_wrappers(patched, latent, timesteps, text, vector)
     assert relative_error(ours_bare, bare) <= DIFFUSERS_BOUND
     assert relative_error(ours, expected) <= DIFFUSERS_BOUND
     assert relative_error(ours, bare) > 30 * DIFFUSERS_BOUND  # the picture acts at all

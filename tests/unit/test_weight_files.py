@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from luna_refinement.batching.lora_files import read_lora
 from luna_refinement.errors import LunaInputError
-from luna_refinement.ip_adapter.comfy_patch import as_ip_adapter, load_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import as_ip_adapter, load_ip_adapter
 from luna_refinement.nodes.concepts import LunaConcept
 from safetensors.torch import save_file
 from torch import Tensor

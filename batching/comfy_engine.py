@@ -14,7 +14,7 @@ from ..ip_adapter import LayerWeights, RowEmbeds
 from ..ip_adapter.comfy_adapter import IPAdapter
 from ..ip_adapter.comfy_encode import encode_rows
 from ..ip_adapter.comfy_encode import views as views_of
-from ..ip_adapter.comfy_patch import IPAdapter, patch_model
+from ..ip_adapter.comfy_patch import patch_model
 from .comfy_chunks import rows_that_fit
 from .comfy_masked import add_masked, encode_masked, reads_masked_picture
 from .comfy_progress import SamplingProgress
@@ -126,7 +126,7 @@ class ComfyEngine:
             return list(rows)
         seen = torch.stack([row.view for row in rows if row.view is not None])
         embeds = encode_rows(self._anchor.adapter, self._anchor.clip_vision, seen)
-        return [replace(row, embed=embeds.rows(place, place + 1)) for place, row in enumerate(rows)]
+        return [replace(row, embed=embeds.take([place])) for place, row in enumerate(rows)]
 
     def sample(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
         """Samples rows of one size in as few calls as memory and what differs between them allow."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import comfy.clip_vision
 import comfy.sd
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, load_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, load_ip_adapter
 
 from harness import assets, tiny
 from harness.refining import Studio

@@ -5,7 +5,8 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter, patch_model
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter
+from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from luna_refinement.ip_adapter.comfy_patch import IPAdapter, as_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter
 from luna_refinement.nodes.chess import LunaChessRefiner
 from luna_refinement.nodes.detailer import LunaSemanticDetailer
 from luna_refinement.picture.detections import Detection, Detections

@@ -85,7 +85,7 @@ def check_compatible(model: ModelPatcher, adapter: IPAdapter, clip_vision: objec
     check_clip_vision(adapter, clip_vision)
 
 
-def views(clip_vision: Any, images: Tensor) -> Tensor:
+def views(clip_vision: ClipVisionModel, images: Tensor) -> Tensor:
     """What the encoder will see of pictures [N,H,W,C]: [N,s,s,3] in 0..1 at its own size s.
 
     ComfyUI centre-crops, scales and rounds a picture before it encodes it, and does nothing more to a view. Views are
@@ -96,7 +96,7 @@ def views(clip_vision: Any, images: Tensor) -> Tensor:
     return seen.movedim(1, -1).to(device="cpu", dtype=torch.float32)
 
 
-def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbeds:
+def encode_rows(adapter: IPAdapter, clip_vision: ClipVisionModel, images: Tensor) -> RowEmbeds:
     """One embedding per picture.
 
     Args:
@@ -108,7 +108,7 @@ def encode_rows(adapter: IPAdapter, clip_vision: Any, images: Tensor) -> RowEmbe
         Tokens in float32 on the CPU. "Without picture" is what the adapters were trained with: zeros for the pooled
         embed, for hidden states those of an encoder input of zeros.
     """
-    memory = _memories.setdefault(clip_vision.model, weakref.WeakKeyDictionary()).setdefault(adapter.network, _Memory())
+    memory = _memories.setdefault(clip_vision.model, WeakKeyDictionary()).setdefault(adapter.network, _Memory())
     images = views(clip_vision, images)
     digests = [_digest(image) for image in images]
     rows = {digest: memory.find(digest) for digest in digests}
@@ -136,7 +136,7 @@ def _digest(image: Tensor) -> bytes:
     return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()
 
 
-def _encode(clip_vision: Any, images: Tensor, adapter: IPAdapter) -> Tensor:
+def _encode(clip_vision: ClipVisionModel, images: Tensor, adapter: IPAdapter) -> Tensor:
     encoded = clip_vision.encode_image(images)
     output = encoded["image_embeds"] if adapter.layout.reads_pooled else encoded["penultimate_hidden_states"]
     return output.to(device="cpu", dtype=torch.float32)

@@ -10,7 +10,7 @@ from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_adapter import as_ip_adapter
 from ..ip_adapter.comfy_encode import check_compatible
-from ..ip_adapter.comfy_patch import as_ip_adapter, layers_for, model_supports_anchoring
+from ..ip_adapter.comfy_patch import layers_for, model_supports_anchoring
 
 
 def choose_anchor(

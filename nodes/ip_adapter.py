@@ -11,16 +11,10 @@ from torch import Tensor
 
 from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights, RowEmbeds
-from ..ip_adapter.attention import SCALINGS, Scaling
+from ..ip_adapter.anchors import SCALINGS, Scaling
+from ..ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter, load_ip_adapter
 from ..ip_adapter.comfy_encode import check_clip_vision, check_compatible, encode_rows
-from ..ip_adapter.comfy_patch import (
-    IPAdapter,
-    as_ip_adapter,
-    layers_for,
-    load_ip_adapter,
-    model_supports_anchoring,
-    patch_model,
-)
+from ..ip_adapter.comfy_patch import layers_for, model_supports_anchoring, patch_model
 from ..ip_adapter.layer_weights import LAYER_PRESETS, parse_layer_weights, parse_numbers
 from ..sam3_bridge.from_masks import mask_batch
 from .checks import check_image

@@ -8,13 +8,14 @@ from typing import Any
 import comfy.samplers
 import pytest
 import torch
-from builders import tiny
-from builders.anchored_sampling import ROWS, adapter, anchored, change, embeds, plain_guider, prompts, sample
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+
+from harness import tiny
+from harness.anchored_sampling import ROWS, adapter, anchored, change, embeds, plain_guider, prompts, sample
 
 BOUND = 2e-5  # float32 rounding of two implementations over two steps
 ACTS = 1e-3  # a change no rounding makes
@@ -116,8 +117,9 @@ def by_the_host(patched: Any, in_threads: bool) -> tuple[Any, OneModelEach]:
         pool = MultiGPUThreadPool(devices) if in_threads else None
         clones = dict(zip(devices, (model.current_patcher for model in each.models), strict=True))
         options = model_options | {"multigpu_clones": clones, "multigpu_thread_pool": pool}
+        host: Any = comfy.samplers  # older releases have no such function
         try:
-            return comfy.samplers._calc_cond_batch_multigpu(*given, options)
+            return host._calc_cond_batch_multigpu(*given, options)
         finally:
             if pool is not None:
                 pool.shutdown()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
-from luna_refinement.ip_adapter.attention import token_grid
+from luna_refinement.ip_adapter.anchors import ANCHORS
+from luna_refinement.ip_adapter.attention import CALLS, AnchorCall, token_grid
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from torch import Tensor

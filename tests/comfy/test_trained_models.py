@@ -7,6 +7,7 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from luna_refinement.ip_adapter.comfy_adapter import as_ip_adapter
 from luna_refinement.ip_adapter.comfy_encode import encode_rows
 from luna_refinement.ip_adapter.comfy_patch import patch_model
 from torch import Tensor

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.utils import unet_to_diffusers
 from diffusers import UNet2DConditionModel
 from luna_refinement.ip_adapter.anchors import SCALINGS, Anchors

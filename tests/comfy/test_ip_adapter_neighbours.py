@@ -286,6 +286,13 @@ def test_another_adapter_may_add_itself_as_the_widely_used_pack_does(model: Any)
     assert torch.equal(sample(plain_guider(first, given), steps=4), alone)  # nothing reached the model upstream
 
 
+def test_an_addition_keeps_its_range_inside_another_patch(model: Any) -> None:
+    other = OtherAdapter(sigma_start=8.0)
+    sample(plain_guider(anchored(other.apply(anchored(model))), prompts("sd15")), steps=4)
+    assert other.heard
+    assert all(sigma <= 8.0 for sigma in other.heard)
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_queueing_again_does_not_stack_what_another_adapter_adds(family: tiny.Family) -> None:
     given, upstream = prompts(family), anchored(tiny.unet(family), family)

@@ -254,6 +254,9 @@ class OtherAdapter:
         self.arguments = {"gain": gain, "sigma_start": sigma_start, "sigma_end": 0.0}
         self.heard: list[float] = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OtherAdapter":
+        return self  # a function in that pack, which copies of a model share
+
     def __call__(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Any, *, gain: float, **_: Any) -> Tensor:
         assert out.shape == q.shape
         self.heard.append(float(options["sigmas"][0]))
@@ -285,6 +288,13 @@ def test_another_adapter_may_add_itself_as_the_widely_used_pack_does(model: Any)
     assert len(set(other.heard)) < 4
     assert change(added, alone) > ACTS
     assert torch.equal(sample(plain_guider(first, given), steps=4), alone)  # nothing reached the model upstream
+
+
+def test_an_addition_keeps_its_range_inside_another_patch(model: Any) -> None:
+    other = OtherAdapter(sigma_start=8.0)
+    sample(plain_guider(anchored(other.apply(anchored(model))), prompts("sd15")), steps=4)
+    assert other.heard
+    assert all(sigma <= 8.0 for sigma in other.heard)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

@@ -379,6 +379,14 @@ def test_without_the_layers_resolution_halvings_are_tried() -> None:
         token_grid(16, 16, 25)
 
 
+def test_a_network_run_past_comfyui_is_an_error_with_the_reason() -> None:
+    """Only a call through apply_model tells whose rows it holds."""
+    patched, text = anchored(tiny.unet("sd15")), torch.zeros(ROWS, 7, 768)
+    options = {**patched.model_options["transformer_options"], "cond_or_uncond": [0]}
+    with pytest.raises(LunaRuntimeError, match="runs its network past ComfyUI's apply_model"):
+        patched.model.diffusion_model(torch.zeros(ROWS, 4, 16, 16), torch.ones(ROWS), text, transformer_options=options)
+
+
 # -- nodes that repeat rows inside the attention --------------------------------------------------
 
 

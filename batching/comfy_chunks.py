@@ -1,4 +1,4 @@
-"""How many rows one sampling call can hold, by ComfyUI's own estimates."""
+"""How much fits: rows of a sampling call by ComfyUI's own estimates, and pictures on the GPU beside them."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,23 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sampler_helpers
+import torch
+from torch import Tensor
 
 from .rows import Conditioning
 
 MOST_ROWS = 32
 """Of one call: more gain nothing, cancelling takes longer, and tensors of 2^31 numbers fail."""
+
+
+PICTURES_HELD = 4
+"""Canvas, input, mask, and what cutting and pasting take beside them."""
+
+DEVICE_SHARE = 1 / 16
+"""Of a GPU's memory that pictures may take from models and rows."""
+
+
+MAIN_MEMORY = torch.device("cpu")
 
 
 def rows_that_fit(model: Any, latent_shape: Sequence[int], conditioning: Conditioning | None = None) -> int:
@@ -68,3 +80,19 @@ def row_bytes(model: Any, latent_shape: Sequence[int], conditioning: Conditionin
 
 def _fields(conditioning: Conditioning) -> list[dict[str, Any]]:
     return [fields for conds in conditioning.values() for _, fields in conds]
+
+
+def working_device(model: Any, image: Tensor) -> torch.device:
+    """Where pictures are cut, decoded and pasted: on the model's GPU where the picture takes little of its memory.
+
+    The whole memory counts, not what is free just now: the same inputs must be worked on alike in every run.
+
+    Args:
+        model: ModelPatcher.
+        image: [B,H,W,C].
+    """
+    device: torch.device = model.load_device
+    if device.type != "cuda":
+        return MAIN_MEMORY
+    needed = PICTURES_HELD * image.numel() * 4
+    return device if needed <= DEVICE_SHARE * comfy.model_management.get_total_memory(device) else MAIN_MEMORY

@@ -1,8 +1,9 @@
 """The engine on ComfyUI: VAE, samplers, memory, progress and the patches for each chunk of rows."""
 
+import copy
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,52 +11,22 @@ from torch import Tensor
 
 from ..comfy_memory import MemoryLimit
 from ..errors import LunaRuntimeError
-from ..ip_adapter import LayerWeights, RowEmbeds
-from ..ip_adapter.comfy_adapter import IPAdapter
+from ..ip_adapter import RowEmbeds
 from ..ip_adapter.comfy_encode import encode_rows
 from ..ip_adapter.comfy_encode import views as views_of
 from ..ip_adapter.comfy_patch import patch_model
-from .comfy_chunks import rows_that_fit
+from .comfy_anchor import Anchor
+from .comfy_chunks import MAIN_MEMORY, rows_that_fit
 from .comfy_masked import add_masked, encode_masked, reads_masked_picture
 from .comfy_progress import SamplingProgress
 from .comfy_recipe import Recipe, with_denoise
 from .comfy_row_loras import RowLoras
 from .comfy_sampling import prepared_noise, sample_rows
-from .concepts import Concept
 from .conditioning import RowConditioning
 from .crops import resample
 from .plan import RefinePlan, even_chunk
 from .row_start import RowStart
-from .rows import EncodedRow, MaskedPicture, Row, resolve_rows
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """How rows are anchored.
-
-    Attributes:
-        adapter: the IP-Adapter.
-        clip_vision: ComfyUI's CLIP vision model.
-        weight: strength of the anchor of rows without one of their own.
-        start_percent, end_percent: part of the schedule, 0..1.
-        layer_weights: strength over the depth of the model.
-    """
-
-    adapter: IPAdapter
-    clip_vision: Any
-    weight: float
-    start_percent: float
-    end_percent: float
-    layer_weights: LayerWeights
-
-
-def rows_for(
-    plan: RefinePlan, recipe: Recipe, anchor: Anchor | None, concepts: Sequence[Concept] = ()
-) -> tuple[Row, ...]:
-    """The rows of a plan with what recipe, anchor and concepts give each of them."""
-    if anchor is None:
-        return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts)
-    return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, anchor.weight, anchor.layer_weights)
+from .rows import EncodedRow, MaskedPicture, Row
 
 
 class ComfyEngine:
@@ -69,6 +40,7 @@ class ComfyEngine:
         start: noise, and what takes part.
         anchor: how rows are anchored, or None for text only.
         chunk_size: rows per sampling call; 0 = as many as fit.
+        device: where pictures are cut, decoded and pasted.
 
     Raises:
         LunaInputError: a row's conditioning cannot be cut to it, or its denoise contradicts the recipe.
@@ -85,9 +57,12 @@ class ComfyEngine:
         start: RowStart,
         anchor: Anchor | None = None,
         chunk_size: int = 0,
+        device: torch.device = MAIN_MEMORY,
     ):
+        self.device = device
         self._recipe = recipe
-        self._vae = vae
+        self._vae, self._decoder = vae, copy.copy(vae)
+        self._decoder.output_device = device  # what is decoded stays where it is pasted
         self._start = start
         self._anchor = anchor
         self._chunk_size = chunk_size
@@ -139,7 +114,7 @@ class ComfyEngine:
         return [sampled[place] for place in range(len(rows))]
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._vae.decode(latents)[..., :3].to(device="cpu", dtype=torch.float32)
+        return self._decoder.decode(latents)[..., :3].to(self.device, torch.float32)
 
     def _call_of(self, row: EncodedRow) -> Hashable:
         """What rows that share a sampling call have in common."""

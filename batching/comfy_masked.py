@@ -25,9 +25,9 @@ def reads_masked_picture(model: Any) -> Reads:
 
 def encode_masked(vae: Any, crops: Tensor, masks: Tensor) -> list[MaskedPicture]:
     """The crops [N,H,W,3] with their masks [N,H,W] greyed out, encoded."""
-    masks = masks.round()
+    masks = masks.round().to(crops.device)
     latents = vae.encode(torch.lerp(crops, torch.full_like(crops, 0.5), masks[..., None]))
-    return [MaskedPicture(latent, mask[None]) for latent, mask in zip(latents, masks, strict=True)]
+    return [MaskedPicture(latent, mask[None]) for latent, mask in zip(latents, masks.cpu(), strict=True)]
 
 
 def add_masked(conditioning: Conditioning, rows: Sequence[EncodedRow], reads: Reads) -> None:

@@ -23,6 +23,11 @@ class Engine(Protocol):
     """What the refinement needs of the models; one implementation knows ComfyUI."""
 
     @property
+    def device(self) -> torch.device:
+        """Where pictures are cut, decoded and pasted."""
+        ...
+
+    @property
     def px_per_batch(self) -> int:
         """How many px of crops to hold at a time while encoding and decoding; one crop is held whatever its size."""
         ...
@@ -88,8 +93,7 @@ def refine(
 ) -> Refined:
     """Carries out a plan on a picture batch.
 
-    Pictures, masks and crops are worked on in main memory, wherever they come from (with --gpu-only ComfyUI keeps
-    them on the GPU); the results go back to the device of the picture.
+    The picture moves to the engine's device once, and back once; crops that are kept wait in main memory.
 
     Args:
         image: [B,H,W,C] in 0..1, C 3 or 4 (alpha is kept as it is); not modified.
@@ -103,9 +107,9 @@ def refine(
     Raises:
         LunaRuntimeError: the VAE or the model gave values that are not numbers.
     """
-    canvas = image.to("cpu", torch.float32, copy=True)
-    colours, original = canvas[..., :3], image[..., :3].cpu()
-    mask = torch.zeros(canvas.shape[:3]) if keep_mask else None
+    canvas = image.to(engine.device, torch.float32, copy=True)
+    colours, original = canvas[..., :3], image[..., :3].to(engine.device)
+    mask = torch.zeros_like(canvas[..., 0]) if keep_mask else None
     before, after = (crop_batch(plan) if keep_crops else None for _ in range(2))
     for turn in plan.passes:
         encoded: list[EncodedRow] = []
@@ -185,7 +189,8 @@ def _keep(frames: Tensor, rows: Sequence[Row], crops: Tensor) -> None:
 def _crops(rows: Sequence[Row], images: Tensor) -> Tensor:
     """[n,h,w,3] of rows of one working size, cut from [B,H,W,3]."""
     # planes in memory, as the resampling gives them and the VAE wants them
-    crops = torch.empty(len(rows), images.shape[-1], *rows[0].region.working_size).movedim(1, -1)
+    shape = (len(rows), images.shape[-1], *rows[0].region.working_size)
+    crops = images.new_empty(shape, dtype=torch.float32).movedim(1, -1)
     for crop, row in zip(crops, rows, strict=True):
         region = row.region
         crop.copy_(cut(images[region.image_index].float(), region.crop, *region.working_size))
@@ -209,12 +214,12 @@ def _paste_back(
     """
     if settings.color_match != "none":
         before = cut(reference.to(torch.float32), region.crop, *region.working_size)
-        weights = region.weights_over_crop(*region.working_size)
+        weights = region.weights_over_crop(*region.working_size).to(canvas.device)
         picture = match_color(picture, before, weights, settings.color_match)
     # a multiband blend reaches from one end of the region to the other, a feather takes any part for itself
     windows = [region.paste] if settings.blend == "multiband" else region.paste.strips(WINDOW_PX)
     for window in windows:
-        weights = region.weights.draw(window)
+        weights = region.weights.draw(window).to(canvas.device)
         if settings.blend == "multiband":
             below = canvas[window.y1 : window.y2, window.x1 : window.x2]
             blended = multiband(below, uncut(picture, region.crop, window), weights)

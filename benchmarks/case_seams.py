@@ -6,7 +6,8 @@ from zlib import crc32
 
 import torch
 from bench_models import sd15_files
-from luna_refinement.batching.comfy_engine import ComfyEngine, rows_for
+from luna_refinement.batching.comfy_anchor import rows_for
+from luna_refinement.batching.comfy_engine import ComfyEngine
 from luna_refinement.batching.comfy_recipe import SamplingSettings, ksampler_recipe
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.plan import RefinePlan

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from luna_refinement.batching.comfy_chunks import MAIN_MEMORY
 from luna_refinement.batching.conditioning import RowConditioning
 from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import Engine, Refined
@@ -33,11 +35,13 @@ class ExactEngine:
     Attributes:
         change: gives the refined latent of a row from its number and its latent [c,h,w].
         calls: rows of each sampling call so far.
+        device: where pictures are worked on.
     """
 
     change: Callable[[int, Tensor], Tensor] = lambda row, latent: latent
     px_per_batch: int = 2 * 64**2
     calls: list[list[int]] = field(default_factory=list)
+    device: torch.device = MAIN_MEMORY
 
     def view(self, rows: Sequence[Row], crops: Tensor) -> list[Tensor | None]:
         return [None] * len(rows)

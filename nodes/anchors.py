@@ -5,7 +5,7 @@ from typing import Any
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 
-from ..batching.comfy_engine import Anchor
+from ..batching.comfy_anchor import Anchor
 from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_adapter import as_ip_adapter

@@ -11,7 +11,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.color import ColorMatch
-from ..batching.comfy_engine import ComfyEngine, rows_for
+from ..batching.comfy_anchor import rows_for
+from ..batching.comfy_chunks import working_device
+from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_recipe import SamplingSettings, least_share
 from ..batching.drawing import draw_plan
@@ -140,7 +142,8 @@ class LunaChessRefiner(io.ComfyNode):
             plan = without_px(plan, share, least_share(recipe), cell)
         rows = rows_for(plan, recipe, anchor)
         start = RowStart(cell, noise_scaffold=check_scaffold(noise_scaffold, vae, image), denoise_share=share)
-        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size)
+        device = working_device(recipe.model, image)
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device)
         warnings += range_notices(image)
         refined = refine(image, plan, rows, engine, PasteSettings(color_match=color_match), keep_mask=False)
         warnings += engine.notices

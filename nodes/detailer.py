@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..batching.blend import BLENDS, Blend
 from ..batching.color import ColorMatch
-from ..batching.comfy_engine import ComfyEngine, rows_for
+from ..batching.comfy_anchor import rows_for
+from ..batching.comfy_chunks import working_device
+from ..batching.comfy_engine import ComfyEngine
 from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_recipe import SamplingSettings
 from ..batching.concepts import Concept
@@ -141,7 +143,8 @@ class LunaSemanticDetailer(io.ComfyNode):
         check_depth(recipe.model, vae, crop_size, "crop_size", cfg)
         check_prompts(recipe.model, recipe.conditioning, concepts)
         start = RowStart(vae.spacial_compression_encode(), mask_latent, check_scaffold(noise_scaffold, vae, image))
-        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size)
+        device = working_device(recipe.model, image)
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device)
         warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=anchor is not None)
         warnings += range_notices(image)
         if resting:

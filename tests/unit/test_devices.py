@@ -74,3 +74,26 @@ def test_scaled_pictures_stay_on_their_device(method: str) -> None:
     image = picture()
     there = scale_image(on_other_device(image), 60, 75, method)
     assert torch.allclose(values(there), scale_image(image, 60, 75, method), atol=1e-6)
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+@pytest.mark.parametrize("color_match", COLOR_MATCHES)
+def test_a_picture_of_main_memory_is_worked_on_where_the_engine_is(blend: str, color_match: str) -> None:
+    image, mask = picture(), torch.rand(30, 40, generator=torch.Generator().manual_seed(2))
+    seen = []
+
+    class Watching(ExactEngine):
+        def latents(self, crops: torch.Tensor) -> torch.Tensor:
+            seen.append(crops.device)
+            return super().latents(crops)
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            seen.append(latents.device)
+            return super().decode(latents)
+
+    settings = PasteSettings(blend, color_match)
+    here = refine(image, plan(mask), ExactEngine(brighten), settings, keep_crops=True)
+    there = refine(image, plan(mask), Watching(brighten, device=OTHER), settings, keep_crops=True)
+    assert set(seen) == {OTHER}
+    for name in ("image", "mask", "crops_before", "crops_after"):
+        assert torch.equal(getattr(there, name), getattr(here, name)), name

@@ -1,0 +1,41 @@
+"""How rows are anchored, and the rows of a plan with all that ComfyUI's objects give them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..ip_adapter import LayerWeights
+from ..ip_adapter.comfy_adapter import IPAdapter
+from .comfy_recipe import Recipe
+from .concepts import Concept
+from .plan import RefinePlan
+from .rows import Row, resolve_rows
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """How rows are anchored.
+
+    Attributes:
+        adapter: the IP-Adapter.
+        clip_vision: ComfyUI's CLIP vision model.
+        weight: strength of the anchor of rows without one of their own.
+        start_percent, end_percent: part of the schedule, 0..1.
+        layer_weights: strength over the depth of the model.
+    """
+
+    adapter: IPAdapter
+    clip_vision: Any
+    weight: float
+    start_percent: float
+    end_percent: float
+    layer_weights: LayerWeights
+
+
+def rows_for(
+    plan: RefinePlan, recipe: Recipe, anchor: Anchor | None, concepts: Sequence[Concept] = ()
+) -> tuple[Row, ...]:
+    """The rows of a plan with what recipe, anchor and concepts give each of them."""
+    if anchor is None:
+        return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts)
+    return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, anchor.weight, anchor.layer_weights)

@@ -49,12 +49,14 @@ class _Patch:
         weight: name of its parameter.
         content: ComfyUI's adapter or tuple.
         offset: the part of the parameter that is meant.
+        function: what ComfyUI does with the difference before it adds it, where the model's layout is another one.
     """
 
     layer: str
     weight: str
     content: Any
     offset: Offset | None
+    function: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(eq=False)
@@ -152,8 +154,8 @@ class RowLoras:
             if key not in self._weights:
                 continue
             layer, _, weight = key.rpartition(".")
-            parsed.patches.append(_Patch(layer, weight, content, offset))
-            parsed.obstacle = parsed.obstacle or _obstacle(parsed.patches[-1], function, model)
+            parsed.patches.append(_Patch(layer, weight, content, offset, function))
+            parsed.obstacle = parsed.obstacle or _obstacle(parsed.patches[-1], model)
         if not parsed.patches:
             of_text = all(key.startswith(_OF_TEXT) for key in weights)
             self.notices.append(
@@ -212,7 +214,7 @@ def _compute_dtype(model: Any) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
 
 
-def _obstacle(patch: _Patch, function: Any, model: nn.Module) -> str | None:
+def _obstacle(patch: _Patch, model: nn.Module) -> str | None:
     """Why a change cannot be given per row."""
     content = patch.content
     if isinstance(content, WeightAdapterBase):
@@ -222,8 +224,6 @@ def _obstacle(patch: _Patch, function: Any, model: nn.Module) -> str | None:
             return "it makes layers of the model wider"
     elif not isinstance(content, tuple) or content[0] != "diff":
         return "it replaces weights of the model"
-    if function is not None:
-        return f"it rearranges {patch.layer}"
     if patch.weight not in ("weight", "bias") or _weight_shape(model.get_submodule(patch.layer)) is None:
         return f"{patch.layer} is neither a linear layer nor a convolution"
     return None
@@ -248,6 +248,9 @@ def _part(
     given: dict[str, list[Tensor]] = {"weight": [], "bias": []}
     made = []
     for patch, strength, parsed in patches:
+        if patch.offset is not None and sum(patch.offset[1:]) > shape[patch.offset[0]]:
+            parsed.misfits += 1
+            continue
         product = _product(patch, strength, shape) if getattr(module, "groups", 1) == 1 else None
         if product is not None:
             products.append(product)
@@ -266,7 +269,7 @@ def _part(
 
 
 def _product(patch: _Patch, strength: float, shape: Sequence[int]) -> LowRank | None:
-    if patch.weight != "weight" or getattr(patch.content, "name", None) != "lora":
+    if patch.weight != "weight" or patch.function or getattr(patch.content, "name", None) != "lora":
         return None
     up, down, alpha, core = patch.content.weights[:4]
     scale = strength if alpha is None else strength * alpha / down.shape[0]
@@ -286,7 +289,7 @@ def _make(patch: _Patch, strength: float, tensors: Sequence[Tensor], whole: Tens
 
 
 def _calculated(patch: _Patch, content: Any, strength: float, whole: Tensor) -> Tensor:
-    change = (strength, content, 1.0, patch.offset, None)
+    change = (strength, content, 1.0, patch.offset, patch.function)
     key = f"{patch.layer}.{patch.weight}"
     return comfy.lora.calculate_weight([change], whole, key, intermediate_dtype=whole.dtype)
 

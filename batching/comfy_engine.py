@@ -53,12 +53,12 @@ class _Call:
     Attributes:
         places: positions of the rows in the batch of one working size.
         recipe: with the rows' denoise.
-        lora: of the rows' concept.
+        loras: of the rows' concept.
     """
 
     places: list[int]
     recipe: Recipe
-    lora: Lora | None
+    loras: tuple[Lora, ...]
 
 
 class ComfyEngine:
@@ -143,23 +143,23 @@ class ComfyEngine:
 
     def _calls(self, rows: EncodedRows) -> list[_Call]:
         """Rows grouped by denoise and LoRA, and within these by the structure of their conditioning."""
-        by_settings: dict[tuple[float | None, int], list[int]] = {}
+        by_settings: dict[tuple[float | None, tuple[int, ...]], list[int]] = {}
         for place, region in enumerate(rows.regions):
             concept = self._concept(region)
-            lora = None if concept is None else concept.lora
-            by_settings.setdefault((self._denoise(region), id(lora) if lora else 0), []).append(place)
+            loras = () if concept is None else concept.loras
+            by_settings.setdefault((self._denoise(region), tuple(map(id, loras))), []).append(place)
         calls: list[_Call] = []
         for (denoise, _), places in by_settings.items():
             concept = self._concept(rows.regions[places[0]])
-            lora = None if concept is None else concept.lora
+            loras = () if concept is None else concept.loras
             groups = self._conditioning.groups(self._rows(rows, places), _size(rows))
-            calls.extend(_Call([places[k] for k in group], self._recipes[denoise], lora) for group in groups)
+            calls.extend(_Call([places[k] for k in group], self._recipes[denoise], loras) for group in groups)
         return calls
 
     def _sample_call(self, rows: EncodedRows, call: _Call) -> list[Tensor]:
         """Samples the rows of a call, in chunks where they do not fit."""
         recipe, shape = call.recipe, rows.latents.shape[1:]
-        model = _with_lora(recipe.model, call.lora)
+        model = _with_loras(recipe.model, call.loras)
         chunks = self._limit.parts(
             call.places,
             self._chunk(recipe, len(call.places), shape),
@@ -327,6 +327,8 @@ def _row_factors(plan: RefinePlan, layer_weights: LayerWeights) -> dict[int, flo
     return factors
 
 
-def _with_lora(model: Any, lora: Lora | None) -> Any:
-    """The model, or a clone of it with a LoRA."""
-    return model if lora is None else comfy.sd.load_lora_for_models(model, None, lora.weights, lora.strength, 0)[0]
+def _with_loras(model: Any, loras: Sequence[Lora]) -> Any:
+    """The model, or a clone of it with LoRAs."""
+    for lora in loras:
+        model = comfy.sd.load_lora_for_models(model, None, lora.weights, lora.strength, 0)[0]
+    return model

@@ -29,7 +29,7 @@ class Concept:
         positive, negative: ComfyUI conditioning.
         ip_adapter_weight: strength of the anchor.
         denoise: 0..1.
-        lora: applied to the model for these rows.
+        loras: which act together on these rows.
         image: [1,H,W,C], the anchor instead of the crop itself.
     """
 
@@ -38,7 +38,7 @@ class Concept:
     negative: list[Any] | None = None
     ip_adapter_weight: float | None = None
     denoise: float | None = None
-    lora: Lora | None = None
+    loras: tuple[Lora, ...] = ()
     image: Tensor | None = None
 
     def __post_init__(self) -> None:

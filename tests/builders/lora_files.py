@@ -41,8 +41,10 @@ def targets(model: Any, style: Style, layers: Sequence[str]) -> list[Target]:
     wanted = {key for key in weights if any(fnmatch.fnmatch(key.removesuffix(".weight"), layer) for layer in layers)}
     if style == "diffusers":
         return list(_diffusers_targets(model, weights, wanted))
-    rename: Callable[[str], str] = (lambda key: f"lora_unet_{key.replace('.', '_')}") if style == "kohya" else (
-        lambda key: f"diffusion_model.{key}"
+    rename: Callable[[str], str] = (
+        (lambda key: f"lora_unet_{key.replace('.', '_')}")
+        if style == "kohya"
+        else (lambda key: f"diffusion_model.{key}")
     )
     bare = {key: key.removeprefix("diffusion_model.").removesuffix(".weight") for key in sorted(wanted)}
     return [Target(rename(name), tuple(weights[key].shape)) for key, name in bare.items()]
@@ -102,9 +104,13 @@ def lora_file(
     assert found, f"no layer of the model matches {layers}"
     file: StateDict = {}
     flux = model.model.model_config.unet_config.get("image_model") == "flux"
-    endings = _ENDINGS["peft" if flux and style == "diffusers" else style] if style != "diffusers" or flux else (
-        "_lora.up.weight",
-        "_lora.down.weight",
+    endings = (
+        _ENDINGS["peft" if flux and style == "diffusers" else style]
+        if style != "diffusers" or flux
+        else (
+            "_lora.up.weight",
+            "_lora.down.weight",
+        )
     )
     for place, target in enumerate(found):
         rank = ranks[place % len(ranks)]

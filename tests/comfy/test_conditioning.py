@@ -136,7 +136,7 @@ def test_a_lora_acts_on_its_concept_alone_and_leaves_the_model(sd15: Studio) -> 
         f"{name}.lora_up.weight": torch.randn(32, 4, generator=generator),
         f"{name}.lora_down.weight": torch.randn(4, 32, generator=generator),
     }
-    concepts = (Concept("hand", lora=Lora("test", weights, 2.0)),)
+    concepts = (Concept("hand", loras=(Lora("test", weights, 2.0),)),)
     plain, changed = sd15.detail(image, found)[3], sd15.detail(image, found, concepts=concepts)[3]
     assert difference(plain[0], changed[0]) <= BOUND
     assert difference(plain[1], changed[1]) > 10 * BOUND

@@ -249,7 +249,7 @@ def test_the_strength_of_a_lora_scales_its_weights(sd15: Studio) -> None:
     found = Detections((Detection(0, LEFT, label="face"),), 512, 512)
 
     def result(lora: Lora | None) -> Tensor:
-        return sd15.detail(image, found, concepts=(Concept("face", lora=lora),))[3]
+        return sd15.detail(image, found, concepts=(Concept("face", loras=(lora,) if lora else ()),))[3]
 
     plain, once, halved, against = (
         result(lora)
@@ -270,11 +270,11 @@ def test_two_loras_act_on_their_own_rows(sd15: Studio) -> None:
     image = photograph()
     found = Detections((Detection(0, LEFT, label="face"), Detection(0, RIGHT, label="hand")), 512, 512)
     loras = [Lora(str(scale), lora_weights(scale), 1.0) for scale in (3.0, -3.0)]
-    face, hand = (Concept(name, lora=lora) for name, lora in zip(("face", "hand"), loras, strict=True))
+    face, hand = (Concept(name, loras=(lora,)) for name, lora in zip(("face", "hand"), loras, strict=True))
     both = sd15.detail(image, found, concepts=(face, hand))[3]
     assert difference(both[0], sd15.detail(image, found, concepts=(face,))[3][0]) <= BOUND
     assert difference(both[1], sd15.detail(image, found, concepts=(hand,))[3][1]) <= BOUND
-    swapped = sd15.detail(image, found, concepts=(Concept("face", lora=loras[1]),))[3]
+    swapped = sd15.detail(image, found, concepts=(Concept("face", loras=(loras[1],)),))[3]
     assert difference(both[0], swapped[0]) > BOUND
 
 
@@ -303,16 +303,16 @@ def test_a_concept_node_gives_what_its_inputs_say(lora_file: str) -> None:
     positive, negative = tiny.conditioning(name="a"), tiny.conditioning(name="b")
     picture = torch.rand(1, 8, 8, 3)
     (first,) = LunaConcept.execute("face, ha*", -1.0, -1.0, "none", 1.0).result[0]
-    assert (first.ip_adapter_weight, first.denoise, first.lora) == (None, None, None)
+    assert (first.ip_adapter_weight, first.denoise, first.loras) == (None, None, ())
     stack = LunaConcept.execute("eye", 0.25, 0.75, lora_file, -1.5, positive, negative, picture, (first,)).result[0]
     assert stack[0] is first
     assert (stack[1].match, stack[1].ip_adapter_weight, stack[1].denoise) == ("eye", 0.25, 0.75)
-    assert stack[1].lora.strength == -1.5
-    assert set(stack[1].lora.weights) == set(lora_weights())
+    assert stack[1].loras[0].strength == -1.5
+    assert set(stack[1].loras[0].weights) == set(lora_weights())
     assert stack[1].positive is positive
     assert stack[1].negative is negative
     assert stack[1].image is picture
-    assert LunaConcept.execute("eye", 0.0, 0.0, lora_file, 0.0).result[0][0].lora is None
+    assert LunaConcept.execute("eye", 0.0, 0.0, lora_file, 0.0).result[0][0].loras == ()
     assert LunaConcept.execute("eye", 0.0, 0.0, "none", 1.0).result[0][0].denoise == 0
 
 

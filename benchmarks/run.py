@@ -12,7 +12,7 @@ from types import ModuleType
 
 import setup
 
-CASES = ("crop_paste", "memory", "ip_adapter", "overhead", "seams", "anchors")
+CASES = ("crop_paste", "memory", "ip_adapter", "overhead", "seams", "anchors", "lora")
 
 
 def main() -> None:

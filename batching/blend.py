@@ -23,7 +23,9 @@ def multiband(background: Tensor, foreground: Tensor, weights: Tensor) -> Tensor
         [H,W,3] in 0..1. Where the weight is 0 the caller keeps the background itself: the blend of the coarse
         bands reaches past the mask's edge.
     """
-    blended = background.new_empty(3, *weights.shape)  # one colour after the other: a pyramid takes several times its picture
+    blended = background.new_empty(
+        3, *weights.shape
+    )  # one colour after the other: a pyramid takes several times its picture
     for colour, back, fore in zip(blended, background.unbind(-1), foreground.unbind(-1), strict=True):
         colour.copy_(_blend_plane(back, fore, weights))
     return blended.movedim(0, -1)

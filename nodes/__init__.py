@@ -14,6 +14,7 @@ from . import (  # noqa: E402 (the loaders list these folders)
     detections,
     ip_adapter,
     plan,
+    row_lora,
     sam3,
     segs,
     upscale,
@@ -22,6 +23,7 @@ from . import (  # noqa: E402 (the loaders list these folders)
 NODES: tuple[type[io.ComfyNode], ...] = (
     *detailer.NODES,
     *concepts.NODES,
+    *row_lora.NODES,
     *chess.NODES,
     *plan.NODES,
     *upscale.NODES,

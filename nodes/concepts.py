@@ -2,17 +2,15 @@
 
 from typing import Any
 
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.concepts import Concept, Lora
-from ..batching.lora_files import read_lora
 from ..errors import LunaInputError
-from ..weight_files import inflated_bytes
 from .checks import check_image
-from .schema import LunaConcepts, luna_schema
+from .row_lora import TEXT_HALF, load_lora
+from .schema import LunaConcepts, LunaLoras, luna_schema
 
 _NO_LORA = "none"
 _KEEP = -1.0
@@ -56,7 +54,7 @@ class LunaConcept(io.ComfyNode):
                     "lora",
                     options=[_NO_LORA, *folder_paths.get_filename_list("loras")],
                     default=_NO_LORA,
-                    tooltip="A LoRA for these detections only. Each LoRA used is a sampling call of its own.",
+                    tooltip=f"A LoRA for these detections only. {TEXT_HALF}",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip="Strength of the LoRA."
@@ -69,6 +67,11 @@ class LunaConcept(io.ComfyNode):
                     tooltip="Reference picture that anchors these detections instead of their own crop.",
                 ),
                 LunaConcepts.Input("concepts", optional=True, tooltip="Concepts before this one; they match first."),
+                LunaLoras.Input(
+                    "loras",
+                    optional=True,
+                    tooltip="More LoRAs for these detections (Luna Row LoRA), beside the concept's own.",
+                ),
             ],
             outputs=[LunaConcepts.Output("stack", display_name="concepts", tooltip="For the Semantic Detailer.")],
         )
@@ -85,6 +88,7 @@ class LunaConcept(io.ComfyNode):
         negative: list[Any] | None = None,
         image: Tensor | None = None,
         concepts: tuple[Concept, ...] = (),
+        loras: tuple[Lora, ...] = (),
     ) -> io.NodeOutput:
         if image is not None:
             check_image(image)
@@ -96,30 +100,10 @@ class LunaConcept(io.ComfyNode):
             negative,
             None if ip_adapter_weight <= _KEEP else ip_adapter_weight,
             None if denoise < 0 else denoise,
-            () if (own := _load_lora(lora, strength)) is None else (own,),
+            (*(() if lora == _NO_LORA else load_lora(lora, strength)), *loras),
             image,
         )
         return io.NodeOutput((*concepts, concept))
-
-
-def _load_lora(name: str, strength: float) -> Lora | None:
-    if name == _NO_LORA or strength == 0:
-        return None
-    path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        raise LunaInputError(f"lora '{name}' is not in models/loras: put it there and press R")
-    try:
-        if claimed := inflated_bytes(path):
-            raise LunaInputError(f"lora '{name}' is packed and would grow to {claimed} bytes: get it as .safetensors")
-        state_dict = comfy.utils.load_torch_file(path, safe_load=True)
-    except LunaInputError:
-        raise
-    except Exception as error:
-        # The loaders raise many kinds of error; the reason is passed on in full.
-        raise LunaInputError(
-            f"lora '{name}' cannot be read, the file is incomplete or damaged: download it again ({error})"
-        ) from error
-    return Lora(name, read_lora(state_dict, name), strength)
 
 
 NODES = (LunaConcept,)

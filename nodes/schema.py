@@ -12,6 +12,7 @@ log = logging.getLogger("luna")
 
 LunaDetections = io.Custom("LUNA_DETECTIONS")
 LunaConcepts = io.Custom("LUNA_CONCEPTS")
+LunaLoras = io.Custom("LUNA_LORAS")
 LunaLayerWeightsType = io.Custom("LUNA_LAYER_WEIGHTS")
 LunaSAM3 = io.Custom("LUNA_SAM3")
 LunaEmbeds = io.Custom("LUNA_EMBEDS")

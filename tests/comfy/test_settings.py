@@ -294,16 +294,16 @@ def test_a_concept_node_gives_what_its_inputs_say(lora_file: str) -> None:
     positive, negative = tiny.conditioning(name="a"), tiny.conditioning(name="b")
     picture = torch.rand(1, 8, 8, 3)
     (first,) = LunaConcept.execute("face, ha*", -1.0, -1.0, "none", 1.0).result[0]
-    assert (first.ip_adapter_weight, first.denoise, first.lora) == (None, None, None)
+    assert (first.ip_adapter_weight, first.denoise, first.loras) == (None, None, ())
     stack = LunaConcept.execute("eye", 0.25, 0.75, lora_file, -1.5, positive, negative, picture, (first,)).result[0]
     assert stack[0] is first
     assert (stack[1].match, stack[1].ip_adapter_weight, stack[1].denoise) == ("eye", 0.25, 0.75)
-    assert stack[1].lora.strength == -1.5
-    assert set(stack[1].lora.weights) == set(lora_weights())
+    assert stack[1].loras[0].strength == -1.5
+    assert set(stack[1].loras[0].weights) == set(lora_weights())
     assert stack[1].positive is positive
     assert stack[1].negative is negative
     assert stack[1].image is picture
-    assert LunaConcept.execute("eye", 0.0, 0.0, lora_file, 0.0).result[0][0].lora is None
+    assert LunaConcept.execute("eye", 0.0, 0.0, lora_file, 0.0).result[0][0].loras == ()
     assert LunaConcept.execute("eye", 0.0, 0.0, "none", 1.0).result[0][0].denoise == 0
 
 

@@ -162,7 +162,7 @@ def lora_files(given: tuple[str, bytes]) -> None:
     _written(name, content)
     model = unet()
     (concept,) = LunaConcept.execute("face", KEEP, KEEP, name, 1.0).args[0]
-    comfy.sd.load_lora_for_models(model, None, concept.lora.weights, 1.0, 0)
+    comfy.sd.load_lora_for_models(model, None, concept.loras[0].weights, 1.0, 0)
 
 
 CONFIG_NAMES = ("model_type", "detector_config", "auto_map", "attn_implementation", "weight_map", "architectures")

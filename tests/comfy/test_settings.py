@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.samplers
+import comfy.sd
 import folder_paths
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_the_strength_of_a_lora_scales_its_weights(sd15: Studio) -> None:
     found = Detections((Detection(0, LEFT, label="face"),), 512, 512)
 
     def result(lora: Lora | None) -> Tensor:
-        return sd15.detail(image, found, concepts=(Concept("face", loras=(lora,)),))[3]
+        return sd15.detail(image, found, concepts=(Concept("face", loras=(lora,) if lora else ()),))[3]
 
     plain, once, halved, against = (
         result(lora)
@@ -267,6 +268,32 @@ def test_two_loras_act_on_their_own_rows(sd15: Studio) -> None:
     assert difference(both[1], sd15.detail(image, found, concepts=(hand,))[3][1]) <= BOUND
     swapped = sd15.detail(image, found, concepts=(Concept("face", loras=(loras[1],)),))[3]
     assert difference(both[0], swapped[0]) > BOUND
+
+
+def test_nine_rows_of_four_stacks_share_one_call_and_each_is_as_its_own_loader_makes_it(sd15: Studio) -> None:
+    image = photograph()
+    boxes = [
+        (160.0 * (n % 3) + 20, 160.0 * (n // 3) + 20, 160.0 * (n % 3) + 120, 160.0 * (n // 3) + 120) for n in range(9)
+    ]
+    a, b, c = (Lora(name, lora_weights(scale), 0.8) for name, scale in (("a", 3.0), ("b", -2.0), ("c", 1.5)))
+    stacks: dict[str, tuple[Lora, ...]] = {"one": (a,), "two": (a, b), "three": (c, b, a), "none": ()}
+    labels = [list(stacks)[n % 4] for n in range(9)]
+    found = Detections(
+        tuple(Detection(0, box, label=label) for box, label in zip(boxes, labels, strict=True)), 512, 512
+    )
+    concepts = tuple(Concept(label, loras=stack) for label, stack in stacks.items())
+    model, calls = counting(sd15.model)
+    together = sd15.detail(image, found, model=model, concepts=concepts, steps=2)[3]
+    assert calls == [18, 18]  # two steps of nine rows with both prompts
+    for label, stack in stacks.items():
+        merged = sd15.model
+        for lora in stack:
+            merged = comfy.sd.load_lora_for_models(merged, None, lora.weights, lora.strength, 0)[0]
+        alone = sd15.detail(image, found, model=merged, steps=2)[3]
+        rows = [row for row, own in enumerate(labels) if own == label]
+        others = [row for row in range(9) if row not in rows]
+        assert difference(together[rows], alone[rows]) <= 1e-5
+        assert min(difference(together[row], alone[row]) for row in others) > 5e-5
 
 
 def test_a_concepts_picture_anchors_its_rows(sd15: Studio) -> None:

@@ -103,6 +103,8 @@ class Text(PerText):
 class NoiseAugmentation(Kind):
     """How far a model noises the picture it is given: it draws for the whole batch, so each row is sampled alone."""
 
+    any_value = True
+
     def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
         draws = bool(fields[key]) and ("concat_image" in fields or "concat_latent_image" in fields)
         return _identity(fields[key]), batch.regions[0].row if draws else None

@@ -111,10 +111,11 @@ def refine(
     colours, original = canvas[..., :3], image[..., :3].to(engine.device)
     mask = torch.zeros_like(canvas[..., 0]) if keep_mask else None
     before, after = (crop_batch(plan) if keep_crops else None for _ in range(2))
-    for turn in plan.passes:
-        encoded: list[EncodedRow] = []
-        for batch in plan.batches(turn):
-            encoded += _encode([rows[region.row] for region in batch], colours, original, engine, before)
+    for number, turn in enumerate(plan.passes):
+        # nothing is pasted before the first pass: its crops are those of the input picture
+        other = original if number else None
+        batches = [[rows[region.row] for region in batch] for batch in plan.batches(turn)]
+        encoded = [row for batch in batches for row in _encode(batch, colours, other, engine, before)]
         sampled: dict[int, Tensor] = {}
         for _, same_size in groupby(engine.anchor(encoded), key=lambda row: row.region.working_size):
             batch_rows = list(same_size)
@@ -151,7 +152,7 @@ def crop_batch(plan: RefinePlan) -> Tensor:
 
 
 def _encode(
-    rows: Sequence[Row], canvas: Tensor, original: Tensor, engine: Engine, before: Tensor | None
+    rows: Sequence[Row], canvas: Tensor, original: Tensor | None, engine: Engine, before: Tensor | None
 ) -> list[EncodedRow]:
     """Rows of one working size, a few crops at a time.
 
@@ -161,16 +162,19 @@ def _encode(
     Args:
         rows: of one working size.
         canvas: [B,H,W,3].
-        original: [B,H,W,3], the input picture.
+        original: [B,H,W,3], the input picture; None where the canvas is still the same.
         engine: the models.
         before: [N,H,W,3], or None where crops are not kept.
     """
     encoded: list[EncodedRow] = []
+    anchored = any(row.anchor is not None for row in rows)
     for part in _parts(rows, rows[0].region.working_size, engine.px_per_batch):
         views: list[Tensor | None] = [None] * len(part)
-        if any(row.anchor is not None for row in part):
+        if anchored and original is not None:
             views = engine.view(part, _crops(part, original))
         crops = _crops(part, canvas)
+        if anchored and original is None:
+            views = engine.view(part, crops)
         encoded += engine.encode(part, crops, views)
         if before is not None:
             _keep(before, part, crops)

@@ -1,10 +1,14 @@
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from luna_refinement.batching.crop_plan import CropSettings, plan_detections
+from luna_refinement.batching.crops import cut
 from luna_refinement.batching.plan import RefinePlan
 from luna_refinement.batching.refine import PasteSettings
+from luna_refinement.batching.refine import refine as refine_rows
+from luna_refinement.batching.rows import EncodedRow, Row, resolve_rows
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from luna_refinement.picture.detections import Detection
 from skimage.data import astronaut
@@ -185,3 +189,31 @@ def test_detections_that_fit_no_picture_are_named() -> None:
         plan_detections([Detection(3, BOXES[0])], 256, 240, 1, CropSettings(), seed=0)
     with pytest.raises(LunaInputError, match="outside"):
         plan_detections([Detection(0, (300, 0, 320, 20))], 256, 240, 1, CropSettings(), seed=0)
+
+
+def test_crops_are_cut_once_in_the_first_pass_and_for_anchors_from_the_input_in_later_ones() -> None:
+    image = photograph()
+    plan = plan_for([*BOXES, (60.0, 60.0, 120.0, 120.0)], image, overlap_mode="waves")
+    assert len(plan.passes) == 2
+    given: list[tuple[str, int]] = []
+
+    class Watching(ExactEngine):
+        def view(self, rows: Sequence[Row], crops: torch.Tensor) -> list[torch.Tensor | None]:
+            for row, crop in zip(rows, crops, strict=True):
+                region = row.region
+                assert torch.equal(crop, cut(image[0], region.crop, *region.working_size))
+            given.append(("view", crops.data_ptr()))
+            return super().view(rows, crops)
+
+        def encode(
+            self, rows: Sequence[Row], crops: torch.Tensor, views: Sequence[torch.Tensor | None]
+        ) -> list[EncodedRow]:
+            given.append(("encode", crops.data_ptr()))
+            return super().encode(rows, crops, views)
+
+    rows = resolve_rows(plan, {}, anchor_weight=1.0)
+    refine_rows(image, plan, rows, Watching(brighten, px_per_batch=10**9))
+    assert [kind for kind, _ in given] == ["view", "encode"] * len(plan.passes)
+    assert given[0][1] == given[1][1]
+    refine_rows(image, plan, resolve_rows(plan, {}), Watching(brighten))
+    assert "view" not in [kind for kind, _ in given[2 * len(plan.passes) :]]

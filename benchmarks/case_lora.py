@@ -175,9 +175,9 @@ def run(results: Path) -> Report:
     if torch.cuda.is_available():
         tables.append(memory(sampling, models.model, stacks))
     about = (
-        f"{ROWS} rows at {8 * SIDE} px, {STEPS} steps of euler with two prompts, {models.name}; LoRAs of rank {RANK} on "
-        f"attention and feed-forward, one of the four on every layer. Median of {REPEATS}, taken in turns. Merging is "
-        f"ComfyUI's own loader. Target: a UNet call at most 1.15 times one without LoRA at rank {RANK} on a third of "
+        f"{ROWS} rows at {8 * SIDE} px, {STEPS} steps of euler with two prompts, {models.name}; LoRAs of rank {RANK} "
+        f"on attention and feed-forward, one of the four on every layer. Median of {REPEATS}, taken in turns. "
+        f"Merging is ComfyUI's own loader. Target: a UNet call at most 1.15 times one without LoRA at rank {RANK} on a third of "
         "the rows."
     )
     return Report("lora", about, tuple(tables))

@@ -177,7 +177,7 @@ def run(results: Path) -> Report:
     about = (
         f"{ROWS} rows at {8 * SIDE} px, {STEPS} steps of euler with two prompts, {models.name}; LoRAs of rank {RANK} "
         f"on attention and feed-forward, one of the four on every layer. Median of {REPEATS}, taken in turns. "
-        f"Merging is ComfyUI's own loader. Target: a UNet call at most 1.15 times one without LoRA at rank {RANK} on a third of "
-        "the rows."
+        f"Merging is ComfyUI's own loader. Target: a UNet call at most 1.15 times one without LoRA at rank {RANK} on a "
+        "third of the rows."
     )
     return Report("lora", about, tuple(tables))

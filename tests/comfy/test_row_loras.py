@@ -443,7 +443,7 @@ def test_the_weights_of_loras_leave_with_the_run() -> None:
 
 
 def test_parts_of_fused_weights_stay_small() -> None:
-    """q, k, v and mlp of one weight are joined along the rank; only a modulation that ComfyUI swaps is given in full."""
+    """q, k, v and mlp of one weight are joined along the rank; only a modulation that is swapped is given in full."""
     model = build("flux")
     stack = (Lora("fused", lora_file(model, "fused", FLUX_LAYERS, (4,), "diffusers"), 1.0),)
     (factors,) = RowLoras(model, [stack]).patched(model, [stack]).get_additional_models()

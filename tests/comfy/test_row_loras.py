@@ -362,15 +362,12 @@ class TestModelIsLeftAlone:
     @pytest.mark.parametrize("kept", [True, False])
     def test_after_success(self, model: Any, kept: bool) -> None:
         before, weights = self.state(model)
-        loras = RowLoras(model, self.stacks(model))
-        patched = loras.patched(model, self.stacks_of(loras))
+        stacks = self.stacks(model)
+        patched = RowLoras(model, stacks).patched(model, stacks)
         assert change(run(patched, range(3)), before) > 0.01
         if not kept:
             del patched
         self.assert_untouched(model, before, weights)
-
-    def stacks_of(self, loras: RowLoras) -> list[LoraStack]:
-        return list(loras._stacks.values())[:1] * 3
 
     @pytest.mark.parametrize(
         "error",
@@ -406,10 +403,9 @@ class TestModelIsLeftAlone:
     def test_a_forward_that_another_node_put_there_comes_back(self, model: Any) -> None:
         layer = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn1.to_q
         own = layer.forward
-        theirs = lambda *args, **kwargs: own(*args, **kwargs) * 1.5  # noqa: E731 (an object to recognise)
+        theirs = lambda *args, **kwargs: own(*args, **kwargs) + 0.5  # noqa: E731 (an object to recognise)
         layer.forward = theirs
-        stacks = self.stacks(model)
-        assert_rows_are_those_of_merged_models(model, [stacks[1], ()])
+        assert_rows_are_those_of_merged_models(model, [self.stacks(model)[0], ()])
         run(model, [0])
         assert layer.forward is theirs
 
@@ -444,6 +440,32 @@ def test_the_weights_of_loras_leave_with_the_run() -> None:
     run(model, [0])
     assert factors() is None
     assert all(entry.model is not None for entry in comfy.model_management.current_loaded_models)
+
+
+def test_parts_of_fused_weights_stay_small() -> None:
+    """q, k, v and mlp of one weight are joined along the rank; only a modulation that is swapped is given in full."""
+    model = build("flux")
+    stack = (Lora("fused", lora_file(model, "fused", FLUX_LAYERS, (4,), "diffusers"), 1.0),)
+    (factors,) = RowLoras(model, [stack]).patched(model, [stack]).get_additional_models()
+    ranks = [len(part.down) for part in factors.model if part.down is not None]
+    assert 12 <= max(ranks) <= 16
+    assert sum(part.difference is not None for part in factors.model) <= 1
+
+
+@pytest.mark.skipif(not hasattr(ModelPatcher, "deepclone_multigpu"), reason="this ComfyUI computes on one GPU")
+def test_copies_for_further_gpus_have_their_own_layers_and_loras() -> None:
+    model = build("sd15")
+    model.cached_patcher_init = (build, ("sd15",))
+    stacks = eight_stacks(model, SD_LINEAR, SD_CONVOLUTIONS)[:3]
+    patched = RowLoras(model, stacks).patched(model, stacks)
+    copy = patched.deepclone_multigpu()
+    assert copy.model is not patched.model
+    assert copy.get_additional_models()[0].model is not patched.get_additional_models()[0].model
+    expected = run(patched, range(3))
+    assert torch.equal(run(copy, range(3)), expected)
+    assert torch.equal(run(patched, range(3)), expected)
+    assert forwards(copy)  # both are loaded
+    assert forwards(patched)
 
 
 def test_compiled_blocks_follow_the_rows() -> None:

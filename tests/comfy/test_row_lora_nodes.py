@@ -5,12 +5,13 @@ from typing import Any
 
 import folder_paths
 import pytest
-from builders import tiny
-from builders.lora_files import lora_file
 from luna_refinement.errors import LunaInputError
 from luna_refinement.nodes.concepts import LunaConcept
 from luna_refinement.nodes.row_lora import LunaRowLora
 from safetensors.torch import save_file
+
+from harness import tiny
+from harness.lora_files import lora_file
 
 
 @pytest.fixture

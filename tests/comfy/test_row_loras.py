@@ -12,6 +12,7 @@ import comfy.sd
 import comfy_extras.nodes_hypertile
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from luna_refinement.batching.comfy_row_loras import LoraStack, RowLoras
 from luna_refinement.batching.concepts import Lora
 from luna_refinement.errors import LunaRuntimeError

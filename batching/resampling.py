@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 BAND = 16
@@ -27,18 +28,13 @@ def resampled(planes: Tensor, dim: int, size: int, first: int = 0, last: int | N
         return whole.narrow(dim, first, last - first)
     starts, weights = _bands(limit, size)
     begin, end = first // BAND, -(-last // BAND)
-    bands = [(BAND * (at - begin), starts[at], weights[at]) for at in range(begin, end)]
-    reach, length = weights.shape[-1], BAND * (end - begin)
+    bands, reach = weights[begin:end], weights.shape[-1]
+    read = torch.stack([planes.narrow(dim, start, reach) for start in starts[begin:end]], 1 if dim == -2 else 0)
     if dim == -2:
-        drawn = planes.new_empty(len(planes), length, planes.shape[-1])
-        for plane, lines in zip(planes, drawn, strict=True):
-            for at, start, band in bands:
-                torch.mm(band, plane[start : start + reach], out=lines[at : at + BAND])
+        drawn = (bands @ read).flatten(1, 2)  # [C,bands,BAND,w]
     else:
-        drawn = planes.new_empty(*planes.shape[:2], length)
-        rows, columns = planes.flatten(0, 1), drawn.flatten(0, 1)
-        for at, start, band in bands:
-            torch.mm(rows[:, start : start + reach], band.T, out=columns[:, at : at + BAND])
+        drawn = (read.flatten(1, 2) @ bands.mT).unflatten(1, planes.shape[:2])  # [bands,C,h,BAND]
+        drawn = rearrange(drawn, "bands c h px -> c h (bands px)")
     return drawn.narrow(dim, first - BAND * begin, last - first)
 
 

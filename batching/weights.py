@@ -177,10 +177,14 @@ def _convolve(drawn: Tensor, kernel: Tensor, dim: int) -> Tensor:
     reach, size = len(kernel) - 1, drawn.shape[dim] - len(kernel) + 1
     band = F.pad(kernel, (0, BAND)).repeat(BAND)[: BAND * (BAND + reach)].unflatten(0, (BAND, -1))  # shifted row by row
     lines = drawn if dim == -2 else drawn.T
-    convolved = drawn.new_empty(size, drawn.shape[1]) if dim == -2 else drawn.new_empty(drawn.shape[0], size).T
-    for at in range(0, size, BAND):
-        part = convolved[at : at + BAND]
-        torch.mm(band[: len(part), : len(part) + reach], lines[at : at + len(part) + reach], out=part)
+    whole = size - size % BAND
+    parts = []
+    if whole:
+        read = lines[: whole + reach].unfold(0, BAND + reach, BAND).mT  # [bands,BAND+reach,other side], a view
+        parts.append((band.expand(len(read), -1, -1) @ read).flatten(0, 1))
+    if whole < size:
+        parts.append(band[: size - whole, : size - whole + reach] @ lines[whole:])
+    convolved = torch.cat(parts)
     return convolved if dim == -2 else convolved.T
 
 

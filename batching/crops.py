@@ -1,14 +1,17 @@
 """Between the picture and the working size: cut crops out, resample them, paste them back in place."""
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ..picture.boxes import Box, picture_box
+from .resampling import resampled
 
 WINDOW_PX = 4 * 1024**2
 """px of the picture that are pasted, or drawn as a weight, at a time: what a large region needs beside the canvas."""
+
+MIXED_PX = 2**15
+"""px that are mixed at a time: few enough to stay in the processor's cache."""
 
 
 def reflected(start: int, stop: int, limit: int) -> Tensor:
@@ -25,7 +28,13 @@ def resample(image: Tensor, height: int, width: int) -> Tensor:
     """Resamples one image [H,W,C] in 0..1 to [height,width,C]: antialiased bicubic, clamped to 0..1."""
     if tuple(image.shape[:2]) == (height, width):
         return image
-    return rearrange(_resized(_planes(image), height, width), "1 c h w -> h w c").clamp_(0, 1)
+    if height < image.shape[0]:
+        # Rows of interleaved colours are rows like any other: what is lost here need not be sorted into planes.
+        planes = _planes(resampled(image.flatten(1)[None], -2, height)[0].unflatten(1, image.shape[1:]))
+        planes = resampled(planes, -1, width)
+    else:
+        planes = resampled(resampled(_planes(image), -1, width), -2, height)
+    return rearrange(planes, "c h w -> h w c").clamp_(0, 1)
 
 
 def cut(image: Tensor, crop: Box, height: int, width: int) -> Tensor:
@@ -64,13 +73,13 @@ def uncut(refined: Tensor, crop: Box, window: Box) -> Tensor:
         return refined[part.y1 : part.y2, part.x1 : part.x2]
     planes = _planes(refined)
     # the side that is mirrored past the picture first: what is cut off of it is not scaled along the other one
-    sides = ("rows", "columns") if crop.y1 < 0 else ("columns", "rows")
-    for side in sides:
-        if side == "columns":
-            planes = _resized(planes, planes.shape[-2], crop.width)[..., part.x1 : part.x2]
-        else:
-            planes = _resized(planes, crop.height, planes.shape[-1])[..., part.y1 : part.y2, :]
-    return rearrange(planes, "1 c h w -> h w c").clamp_(0, 1)
+    if crop.x1 < 0:
+        planes = resampled(planes, -1, crop.width, part.x1, part.x2)
+        planes = resampled(planes, -2, crop.height, part.y1, part.y2)
+    else:
+        planes = resampled(planes, -2, crop.height, part.y1, part.y2)
+        planes = resampled(planes, -1, crop.width, part.x1, part.x2)
+    return rearrange(planes, "c h w -> h w c").contiguous().clamp_(0, 1)
 
 
 def paste(canvas: Tensor, refined: Tensor, crop: Box, region: Box, weights: Tensor) -> None:
@@ -84,7 +93,15 @@ def paste(canvas: Tensor, refined: Tensor, crop: Box, region: Box, weights: Tens
         weights: [region.height, region.width] in 0..1; where it is 0 the canvas keeps its bits.
     """
     target = canvas[region.y1 : region.y2, region.x1 : region.x2]
-    target.lerp_(uncut(refined, crop, region).to(target), weights.to(target)[..., None])
+    mix(target, uncut(refined, crop, region).to(target), weights.to(target))
+
+
+def mix(below: Tensor, above: Tensor, weights: Tensor) -> None:
+    """Lays ``above`` [h,w,C] over ``below`` [h,w,C], in place, as far as ``weights`` [h,w] say."""
+    rows = max(1, MIXED_PX // max(1, below.shape[1]))
+    for part, new, share in zip(below.split(rows), above.split(rows), weights.split(rows), strict=True):
+        # a weight for every colour: numbers side by side are mixed several times faster than one weight for three
+        part.lerp_(new, share[..., None].expand_as(part).contiguous())
 
 
 def fit_into(frame: Tensor, crop: Tensor) -> None:
@@ -97,11 +114,5 @@ def fit_into(frame: Tensor, crop: Tensor) -> None:
 
 
 def _planes(image: Tensor) -> Tensor:
-    """[H,W,C] as [1,C,H,W]; planes are resampled twice as fast as interleaved colours."""
-    return rearrange(image, "h w c -> 1 c h w").contiguous()
-
-
-def _resized(planes: Tensor, height: int, width: int) -> Tensor:
-    if tuple(planes.shape[-2:]) == (height, width):
-        return planes
-    return F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    """[H,W,C] as [C,H,W]; planes are resampled faster than interleaved colours."""
+    return rearrange(image, "h w c -> c h w").contiguous()

@@ -12,7 +12,10 @@ from ..picture.boxes import Box, BoxPx
 from ..picture.masks import rasterise
 
 WIDEST_SUM = 129
-"""Taps up to which a feather is summed up tap by tap; wider ones are faster, and as exact, by running sums."""
+"""Taps up to which a feather is summed up by products; wider ones are faster, and as exact, by running sums."""
+
+BAND = 32
+"""px of a feather that are summed up at a time."""
 
 
 def smoothstep(t: Tensor) -> Tensor:
@@ -61,8 +64,11 @@ class MaskWeights:
         columns = torch.arange(wide.x1, wide.x2).clamp(0, self.width - 1)
         rows = torch.arange(wide.y1, wide.y2).clamp(0, self.height - 1)
         x1, x2, y1, y2 = (int(at) for at in (columns[0], columns[-1], rows[0], rows[-1]))
-        inside = rasterise(self.target, self.mask, Box(x1, y1, x2 + 1, y2 + 1))
-        drawn = inside[rows - y1][:, columns - x1]
+        drawn = rasterise(self.target, self.mask, Box(x1, y1, x2 + 1, y2 + 1))
+        if len(rows) > len(drawn):
+            drawn = drawn.index_select(0, rows - y1)
+        if len(columns) > drawn.shape[1]:
+            drawn = drawn.index_select(1, columns - x1)
         for dim in (-1, -2):
             drawn = _shift_edge(drawn, shift, dim)
         for dim in (-1, -2):
@@ -167,12 +173,19 @@ def _convolve(drawn: Tensor, kernel: Tensor, dim: int) -> Tensor:
         lines = drawn.movedim(dim, -1)
         per_block = max(1, 2**18 // lines.shape[-1])
         return torch.cat([_moments(block, kernel) for block in lines.split(per_block)]).movedim(-1, dim)
-    size = drawn.shape[dim] - len(kernel) + 1
-    # several times faster than conv2d, which is made for many channels
-    convolved = torch.zeros_like(drawn.narrow(dim, 0, size))
-    for shift, share in enumerate(kernel.tolist()):
-        convolved.add_(drawn.narrow(dim, shift, size), alpha=share)
-    return convolved
+    # Every 32 px are one product with the px they read, several times faster than conv2d, made for many channels.
+    reach, size = len(kernel) - 1, drawn.shape[dim] - len(kernel) + 1
+    band = F.pad(kernel, (0, BAND)).repeat(BAND)[: BAND * (BAND + reach)].unflatten(0, (BAND, -1))  # shifted row by row
+    lines = drawn if dim == -2 else drawn.T
+    whole = size - size % BAND
+    parts = []
+    if whole:
+        read = lines[: whole + reach].unfold(0, BAND + reach, BAND).mT  # [bands,BAND+reach,other side], a view
+        parts.append((band.expand(len(read), -1, -1) @ read).flatten(0, 1))
+    if whole < size:
+        parts.append(band[: size - whole, : size - whole + reach] @ lines[whole:])
+    convolved = torch.cat(parts)
+    return convolved if dim == -2 else convolved.T
 
 
 def _moments(lines: Tensor, kernel: Tensor) -> Tensor:

@@ -23,15 +23,21 @@ TEXT_TOKENS, IMAGE_TOKENS = 77, 16
 CELL_PX = 8  # px of the picture per latent px
 SIZES = (1024, 768, 512)
 TINY_UNET = {"model_channels": 32, "num_head_channels": 8}
+TINY_DEPTH = {
+    "channel_mult": [1, 1, 1],
+    "transformer_depth": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+}
 TINY_VAE = {"ch": 32, "ch_mult": [1, 1, 1, 1]}
 
 
 def unet_config(is_tiny: bool = False) -> dict[str, Any]:
-    """SDXL's UNet; the tiny one has its depth and text width at 32 channels."""
+    """SDXL's UNet; the tiny one has its levels and text width, 32 channels and one transformer block at each place."""
     from harness.denoiser import SDXL_CONFIG
 
     config = {**SDXL_CONFIG, "channel_mult": [1, 2, 4]}
-    return config | TINY_UNET | {"channel_mult": [1, 1, 1]} if is_tiny else config
+    return config | TINY_UNET | TINY_DEPTH if is_tiny else config
 
 
 def vae_config(is_tiny: bool = False) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """SDXL at full size in ComfyUI's own classes, with random weights that are made on the GPU: nothing is downloaded.
 
-The tiny form, for a machine without a GPU, has the same depth and text width at 32 channels.
+The tiny form, for a machine without a GPU, has the same levels and text width at 32 channels, and less to do.
 """
 
 import json
@@ -37,10 +37,12 @@ class Models:
         name: for tables.
         is_tiny: for a machine without a GPU.
         model, vae, clip_vision: ComfyUI's.
-        adapter: a plus adapter with 16 tokens for each of the UNet's 70 layers.
+        adapter: a plus adapter with 16 tokens for each of the UNet's layers, 70 at full size.
         positive, negative: CONDITIONING.
         sides: px of the crops, the largest first.
         box_px: side of a region in the picture.
+        aside: faces in a row of faces, and tiles in a row of tiles.
+        steps: on faces and on tiles, and of a usual and a few-step recipe.
     """
 
     name: str
@@ -53,24 +55,26 @@ class Models:
     negative: list[Any]
     sides: tuple[int, ...]
     box_px: int
+    aside: tuple[int, int] = (3, 5)
+    steps: tuple[int, int, int, int] = (8, 4, 20, 8)
 
 
 def build(is_tiny: bool) -> Models:
     """All models, on the devices where ComfyUI's loaders leave them."""
     model = _unet(is_tiny)
     clip_vision = tiny.clip_vision(Path(tempfile.mkdtemp())) if is_tiny else _vit_h()
-    return Models(
-        "SDXL's depth at 32 channels" if is_tiny else "SDXL at full size",
-        is_tiny,
-        model,
-        _vae(is_tiny),
-        clip_vision,
-        _adapter(model, tiny.CLIP_HIDDEN if is_tiny else CLIP_HIDDEN),
-        tiny.conditioning("sdxl", "positive"),
-        tiny.conditioning("sdxl", "negative"),
-        (64,) if is_tiny else (1024, 768, 512),
-        32 if is_tiny else 320,
-    )
+    parts = {
+        "model": model,
+        "vae": _vae(is_tiny),
+        "clip_vision": clip_vision,
+        "adapter": _adapter(model, tiny.CLIP_HIDDEN if is_tiny else CLIP_HIDDEN),
+        "positive": tiny.conditioning("sdxl", "positive"),
+        "negative": tiny.conditioning("sdxl", "negative"),
+    }
+    if is_tiny:
+        return Models("SDXL's levels at 32 channels", True, **parts, sides=(64,), box_px=32, aside=(2, 2),
+                      steps=(1, 1, 2, 1))  # fmt: skip
+    return Models("SDXL at full size", False, **parts, sides=(1024, 768, 512), box_px=320)
 
 
 def random_weights(shape: torch.Size, gain: float = 1.0) -> Tensor:

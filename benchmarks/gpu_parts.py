@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from flops import CELL_PX
@@ -27,21 +28,24 @@ def pixels(models: Models, budget: Budget) -> list[Table]:
     crop = Box(box // 2, box // 2, box // 2 + int(1.3 * box), box // 2 + int(1.3 * box))
     found = []
     for device in [torch.device("cpu"), torch.device("cuda")] if HAS_CUDA else [torch.device("cpu")]:
-        canvas = faces_picture(models)[0].to(device)
-        before = cut(canvas, crop, side, side)
-        after = torch.rand_like(before)
-        weights = torch.ones(side, side, device=device)
-        pasted = torch.ones(crop.height, crop.width, device=device)
-        works: dict[str, Callable[[], object]] = {
-            "cut": lambda: cut(canvas, crop, side, side),
-            "mean_std": lambda: match_color(after, before, weights, "mean_std"),
-            "wavelet": lambda: match_color(after, before, weights, "wavelet"),
-            "paste": lambda: paste(canvas, after, crop, crop, pasted),
-        }
+        works = _works(faces_picture(models)[0].to(device), crop, side)
         times = in_turns(works, REPEATS, budget)
         found.append((str(device), *(f"{1000 * statistics.median(times[name]):.2f}" for name in works)))
     columns = ("device", "cut, ms", "match mean_std, ms", "match wavelet, ms", "paste, ms")
     return [Table(f"Pixels of one crop of {crop.width} px at {side} px", columns, tuple(found))]
+
+
+def _works(canvas: Tensor, crop: Box, side: int) -> dict[str, Callable[[], object]]:
+    """What is done to the px of a crop of the canvas [H,W,3], on its device."""
+    before = cut(canvas, crop, side, side)
+    after, weights = torch.rand_like(before), torch.ones_like(before[..., 0])
+    pasted = torch.ones_like(canvas[: crop.height, : crop.width, 0])
+    return {
+        "cut": lambda: cut(canvas, crop, side, side),
+        "mean_std": lambda: match_color(after, before, weights, "mean_std"),
+        "wavelet": lambda: match_color(after, before, weights, "wavelet"),
+        "paste": lambda: paste(canvas, after, crop, crop, pasted),
+    }
 
 
 def noise(models: Models, budget: Budget) -> list[Table]:
@@ -61,13 +65,13 @@ def noise(models: Models, budget: Budget) -> list[Table]:
 
     def walk(make: Callable[[], Callable[[Tensor, Tensor], Tensor]]) -> None:
         draw = make()
-        for start, stop in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for start, stop in pairwise(sigmas):
             draw(start, stop)
 
     times = in_turns({name: lambda make=make: walk(make) for name, make in makers.items()}, REPEATS, budget)
-    found = [(name, f"{1000 * statistics.median(spent) / steps:.2f}", f"{1000 * statistics.median(spent) / steps / rows:.2f}")
-             for name, spent in times.items()]  # fmt: skip
-    return [Table(f"Noise of {rows} rows, {steps} steps", ("source", "ms per step", "ms per row and step"), tuple(found))]
+    each = {name: 1000 * statistics.median(spent) / steps for name, spent in times.items()}
+    found = tuple((name, f"{ms:.2f}", f"{ms / rows:.2f}") for name, ms in each.items())
+    return [Table(f"Noise of {rows} rows, {steps} steps", ("source", "ms per step", "ms per row and step"), found)]
 
 
 def row_loras(models: Models, budget: Budget) -> list[Table]:

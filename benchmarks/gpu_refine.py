@@ -1,6 +1,5 @@
-"""Whole runs of the refiners: nine faces and 25 tiles in every way they can be sampled, and where the time goes."""
+"""Whole runs of the refiners: nine faces and 25 tiles in every way, with fewer steps and px, on smaller cards."""
 
-import copy
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -9,7 +8,7 @@ import comfy.sample
 import comfy.utils
 import torch
 from flops import unet_tflop
-from gpu_clock import HAS_CUDA, NEEDS_CUDA, Budget, Traffic, card_of, gib, in_turns, now, peak_bytes, spread, timed
+from gpu_clock import HAS_CUDA, NEEDS_CUDA, Budget, card_of, gib, in_turns, now, peak_bytes, spread, timed
 from gpu_models import Models
 from luna_refinement.batching.comfy_chunks import rows_that_fit
 from luna_refinement.batching.plan import even_chunk
@@ -19,8 +18,7 @@ from luna_refinement.picture.detections import Detection, Detections
 from report import Table
 from torch import Tensor
 
-FACES, TILES, TILES_ASIDE, OVERLAP = 9, 25, 5, 0.125
-FACE_STEPS, TILE_STEPS, CFG, DENOISE = 8, 4, 3.0, 0.4
+CFG, DENOISE, OVERLAP = 3.0, 0.4, 0.125
 CARDS_GIB = (8, 12, 24)
 _pictures = count()
 
@@ -33,14 +31,14 @@ def picture(side: int) -> Tensor:
 
 
 def faces(models: Models) -> list[Detection]:
-    """In three rows of three, each a quarter of its cell."""
-    box, cell = models.box_px, 2 * models.box_px
-    places = [(x * cell + box / 2, y * cell + box / 2) for y in range(3) for x in range(3)]
+    """In a square, each a quarter of its cell."""
+    box, cell, aside = models.box_px, 2 * models.box_px, range(models.aside[0])
+    places = [(x * cell + box / 2, y * cell + box / 2) for y in aside for x in aside]
     return [Detection(0, (x, y, x + box, y + box)) for x, y in places]
 
 
 def faces_picture(models: Models) -> Tensor:
-    return picture(6 * models.box_px)
+    return picture(2 * models.box_px * models.aside[0])
 
 
 def detail(
@@ -48,7 +46,7 @@ def detail(
     image: Tensor,
     found: list[Detection],
     side: int,
-    steps: int = FACE_STEPS,
+    steps: int,
     cfg: float = CFG,
     chunk: int = 0,
     anchored: bool = True,
@@ -64,17 +62,19 @@ def detail(
     ).result[0]  # fmt: skip
 
 
-def detail_one_by_one(models: Models, image: Tensor, found: list[Detection], side: int, **settings: Any) -> Tensor:
+def detail_one_by_one(
+    models: Models, image: Tensor, found: list[Detection], side: int, steps: int, **settings: Any
+) -> Tensor:
     """A run of the node for every face, on the picture that the one before left."""
     for face in found:
-        image = detail(models, image, [face], side, **settings)
+        image = detail(models, image, [face], side, steps, **settings)
     return image
 
 
 def chess(models: Models, image: Tensor, side: int, chunk: int = 0) -> Tensor:
     """The picture after one run of the Chess Refiner, anchored."""
     return LunaChessRefiner.execute(
-        image, models.model, models.vae, models.positive, models.negative, seed=1, steps=TILE_STEPS, cfg=CFG,
+        image, models.model, models.vae, models.positive, models.negative, seed=1, steps=models.steps[1], cfg=CFG,
         sampler_name="euler", scheduler="normal", denoise=DENOISE, tile_size=side, min_overlap=OVERLAP, feather=1.0,
         chunk_size=chunk, ip_adapter=models.adapter, clip_vision=models.clip_vision,
     ).result[0]  # fmt: skip
@@ -101,29 +101,33 @@ def bare(models: Models, rows: int, side: int, steps: int, anchored: bool) -> No
 
 def ways(models: Models, budget: Budget, repeats: int) -> list[Table]:
     """Faces and tiles one by one, in calls of one row, in as few calls as fit, and their bare model calls."""
-    side, found = models.sides[0], faces(models)
-    overlap = int(side * OVERLAP)
-    whole = TILES_ASIDE * side - (TILES_ASIDE - 1) * overlap
+    side, found, (steps, tile_steps, *_) = models.sides[0], faces(models), models.steps
+    tiles = models.aside[1]
+    whole = tiles * side - (tiles - 1) * int(side * OVERLAP)
     columns = ("work", "one run each, s", "rows in calls of 1, s", "all rows, s", "bare calls, s", "all / bare",
                "one run each / all")  # fmt: skip
     table = Table(f"Median (least–most) of up to {repeats} runs in turns, crops of {side} px", columns, ())
     for anchored in (False, True):
-        variants: dict[str, Callable[[], object]] = {
-            "each": lambda: detail_one_by_one(models, faces_picture(models), found, side, anchored=anchored),
-            "1": lambda: detail(models, faces_picture(models), found, side, chunk=1, anchored=anchored),
-            "all": lambda: detail(models, faces_picture(models), found, side, anchored=anchored),
-            "bare": lambda: bare(models, FACES, side, FACE_STEPS, anchored),
-        }
-        times = in_turns(variants, repeats, budget)
-        name = f"{FACES} faces, {FACE_STEPS} steps, {'anchored' if anchored else 'text'}"
-        table = _with_row(table, name, times)
+        name = f"{len(found)} faces, {steps} steps, {'anchored' if anchored else 'text'}"
+        table = _with_row(table, name, in_turns(_on_faces(models, found, side, steps, anchored), repeats, budget))
     variants = {
         "1": lambda: chess(models, picture(whole), side, chunk=1),
         "all": lambda: chess(models, picture(whole), side),
-        "bare": lambda: bare(models, TILES, side, TILE_STEPS, anchored=True),
+        "bare": lambda: bare(models, tiles**2, side, tile_steps, anchored=True),
     }
-    table = _with_row(table, f"{TILES} tiles, {TILE_STEPS} steps, anchored", in_turns(variants, repeats, budget))
+    table = _with_row(table, f"{tiles**2} tiles, {tile_steps} steps, anchored", in_turns(variants, repeats, budget))
     return [table]
+
+
+def _on_faces(
+    models: Models, found: list[Detection], side: int, steps: int, anchored: bool
+) -> dict[str, Callable[[], object]]:
+    return {
+        "each": lambda: detail_one_by_one(models, faces_picture(models), found, side, steps, anchored=anchored),
+        "1": lambda: detail(models, faces_picture(models), found, side, steps, chunk=1, anchored=anchored),
+        "all": lambda: detail(models, faces_picture(models), found, side, steps, anchored=anchored),
+        "bare": lambda: bare(models, len(found), side, steps, anchored),
+    }
 
 
 def _with_row(table: Table, name: str, times: dict[str, list[float]]) -> Table:
@@ -133,92 +137,9 @@ def _with_row(table: Table, name: str, times: dict[str, list[float]]) -> Table:
     return Table(table.title, table.columns, (*table.rows, (name, *cells, f"{mean['all'] / mean['bare']:.3f}", gain)))
 
 
-class Timeline:
-    """When ComfyUI's models were entered and left; what lies between goes by its neighbours."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, float, float]] = []
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.calls.append((name, start, now()))
-
-        return timed
-
-    def watched(self, models: Models) -> dict[str, Any]:
-        """Copies of model, VAE and CLIP vision whose calls are noted."""
-        model = models.model.clone()
-        model.set_model_unet_function_wrapper(
-            self.around("UNet", lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
-        )
-        vae, clip_vision = copy.copy(models.vae), copy.copy(models.clip_vision)
-        vae.encode = self.around("VAE encode", models.vae.encode)
-        vae.decode = self.around("VAE decode", models.vae.decode)
-        clip_vision.encode_image = self.around("CLIP vision", models.clip_vision.encode_image)
-        return {"model": model, "vae": vae, "clip_vision": clip_vision}
-
-    def stages(self, start: float, stop: float) -> dict[str, float]:
-        """Seconds by stage, from ``start`` to ``stop``."""
-        found: dict[str, float] = {}
-        before, since = "", start
-        for name, entered, left in (*self.calls, ("", stop, stop)):
-            gap = _gap(before, name)
-            for stage, seconds in ((gap, entered - since), (name, left - entered)):
-                found[stage] = found.get(stage, 0.0) + seconds
-            before, since = name, left
-        found.pop("", None)
-        return found
-
-
-def _gap(before: str, after: str) -> str:
-    if before == "VAE decode":
-        return "colour match, paste"
-    if before == "UNet":
-        return "sampler, per step"
-    return {"VAE encode": "check, plan, cut", "CLIP vision": "look"}.get(after, "tokens, keys and values, noise")
-
-
-STAGES = ("check, plan, cut", "VAE encode", "look", "CLIP vision", "tokens, keys and values, noise", "UNet",
-          "sampler, per step", "VAE decode", "colour match, paste")  # fmt: skip
-
-
-def stage_split(models: Models, budget: Budget) -> list[Table]:
-    """One anchored run on nine faces by stage, and what it moves and waits for."""
-    side, found = models.sides[0], faces(models)
-    stages, traffic = [], []
-    for match in ("none", "mean_std", "wavelet"):
-        budget.need()
-        detail(models, faces_picture(models), found, side, color_match=match)
-        line = Timeline()
-        watched = Models(**{**vars(models), **line.watched(models)})
-        image, start = faces_picture(models), now()
-        detail(watched, image, found, side, color_match=match)
-        stop = now()
-        spent = line.stages(start, stop)
-        models_only = sum(spent[stage] for stage in ("VAE encode", "CLIP vision", "UNet", "VAE decode"))
-        cells = [f"{1000 * spent.get(stage, 0.0):.0f}" for stage in STAGES]
-        stages.append((match, *cells, f"{1 - models_only / (stop - start):.1%}"))
-        seen = Traffic()
-        image = faces_picture(models)
-        with seen:
-            detail(models, image, found, side, color_match=match)
-        peak = peak_bytes(lambda match=match: detail(models, faces_picture(models), found, side, color_match=match))
-        traffic.append((match, str(seen.waits), str(seen.copies), f"{seen.bytes / 2**20:.0f}", gib(peak)))
-    title = f"{FACES} anchored faces of {side} px, {FACE_STEPS} steps: ms by stage, with a wait at every border"
-    moved = ("colour match", "host waits for a value", "copies between devices", "MiB copied", "peak beside weights, GiB")
-    return [
-        Table(title, ("colour match", *STAGES, "beside the models"), tuple(stages)),
-        Table("Transfers and memory of the same runs", moved, tuple(traffic)),
-    ]
-
-
 def levers(models: Models, budget: Budget) -> list[Table]:
-    """What each lever gives on nine anchored faces, from the usual loop on: one run each, after one to warm up."""
-    found, steps, few = faces(models), (2 if models.is_tiny else 20), (1 if models.is_tiny else 8)
+    """What each lever gives on anchored faces, from the usual loop on: one run each, after one to warm up."""
+    found, (*_, steps, few) = faces(models), models.steps
     settings = [("one run each", models.sides[0], steps, CFG), ("all rows", models.sides[0], steps, CFG)]
     settings += [("all rows", side, steps, CFG) for side in models.sides[1:]]
     settings += [("all rows, few-step LoRA", side, few, 1.0) for side in models.sides]
@@ -232,15 +153,17 @@ def levers(models: Models, budget: Budget) -> list[Table]:
         image = faces_picture(models)
         seconds = timed(lambda: run(models, image, found, side, steps=at, cfg=cfg))  # noqa: B023 (called at once)
         first = first or seconds
-        work = FACES * at * (1 if cfg == 1 else 2) * unet_tflop(side, models.is_tiny)
+        work = len(found) * at * (1 if cfg == 1 else 2) * unet_tflop(side, models.is_tiny)
         rows.append((name, str(side), str(at), f"{cfg:g}", f"{work:.4g}", f"{seconds:.2f}", f"{first / seconds:.1f}"))
     columns = ("how", "crop, px", "steps", "cfg", "UNet work counted, TFLOP", "whole run, s", "times the first")
-    about = "What each lever gives: nine anchored faces (the LoRA itself, merged into the weights, costs nothing)"
+    about = (
+        f"What each lever gives: {len(found)} anchored faces (the LoRA itself, merged into the weights, costs nothing)"
+    )
     return [Table(about, columns, tuple(rows))]
 
 
 def cards(models: Models, budget: Budget) -> list[Table]:
-    """Nine anchored faces on smaller cards: how many rows share a call, and at what price."""
+    """Anchored faces on smaller cards: how many rows share a call, and at what price."""
     rows: list[tuple[str, ...]] = []
     columns = ("card, GiB", "model calls of 2 steps", "most rows in a call", "peak beside what was loaded, GiB", "s")
     if not HAS_CUDA:
@@ -253,12 +176,16 @@ def cards(models: Models, budget: Budget) -> list[Table]:
                 counted = Models(**{**vars(models), "model": _counting(models.model, calls)})
                 start = now()
                 peak = peak_bytes(
-                    lambda counted=counted: detail(counted, faces_picture(models), faces(models), models.sides[0], steps=2)
+                    lambda counted=counted: detail(
+                        counted, faces_picture(models), faces(models), models.sides[0], steps=2
+                    )
                 )
                 rows.append((f"{size}", str(len(calls)), str(max(calls)), gib(peak), f"{now() - start:.1f}"))
         except ValueError as error:
             rows.append((f"{size}", str(error), "–", "–", "–"))
-    return [Table("Smaller cards: what is beyond is held by one tensor; models are loaded in the run", columns, tuple(rows))]
+    return [
+        Table("Smaller cards: what is beyond is held by one tensor; models are loaded in the run", columns, tuple(rows))
+    ]
 
 
 def _counting(model: Any, calls: list[int]) -> Any:

@@ -82,12 +82,13 @@ def cases(models: Any, budget: Any, repeats: int) -> dict[str, Callable[[], list
     """What makes the tables, by name."""
     import gpu_parts
     import gpu_refine
+    import gpu_stages
     import gpu_unet
 
     return {
         "rows": lambda: gpu_unet.rows(models, budget),
         "ways": lambda: gpu_refine.ways(models, budget, repeats),
-        "stages": lambda: gpu_refine.stage_split(models, budget),
+        "stages": lambda: gpu_stages.stage_split(models, budget),
         "levers": lambda: gpu_refine.levers(models, budget),
         "memory": lambda: gpu_unet.memory(models, budget),
         "cards": lambda: gpu_refine.cards(models, budget),

@@ -94,7 +94,8 @@ def rows(models: Models, budget: Budget) -> list[Table]:
         found.append((f"{latents}", f"{size}", *cells, *shares))
     columns = ("latents", "rows in a call", "UNet call, ms", "anchored, ms", "ratio", "TFLOP/s", "of peak",
                "anchored, TFLOP/s", "of peak ")  # fmt: skip
-    title = f"Rows of {side} px in one UNet call; a matrix product reaches {peak:.3g} TFLOP/s ({models.model.model_dtype()})"
+    number = str(models.model.model_dtype()).removeprefix("torch.")
+    title = f"Rows at {side} px in one UNet call; a matrix product in {number} reaches {peak:.3g} TFLOP/s"
     return [Table(title, columns, tuple(found))]
 
 
@@ -143,7 +144,13 @@ def compiled(models: Models, budget: Budget) -> list[Table]:
             again = counters["stats"]["unique_graphs"] - graphs
             differs = (after - before).abs().max() / before.abs().max()
             breaks = sum(counters["graph_break"].values())
-            cells = [f"{took:.0f}", f"{1000 * plain:.1f}", f"{1000 * then:.1f}", f"{plain / then:.2f}", f"{differs:.1e}"]
+            cells = [
+                f"{took:.0f}",
+                f"{1000 * plain:.1f}",
+                f"{1000 * then:.1f}",
+                f"{plain / then:.2f}",
+                f"{differs:.1e}",
+            ]
             found.append((region, name, str(graphs), str(breaks), str(again), *cells))
     dynamo.reset()
     columns = ("compiled", "rows", "graphs", "graph breaks", "graphs made again", "first run, s", "call before, ms",

@@ -25,7 +25,7 @@ from ..ip_adapter import LayerWeights
 from ..sam3_bridge.from_masks import Picture, as_masks
 from . import inputs
 from .anchors import choose_anchor
-from .checks import check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
+from .checks import cache_notices, check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
 from .refiner_inputs import choose_recipe
 from .schema import luna_schema, notice
 
@@ -141,7 +141,7 @@ class LunaChessRefiner(io.ComfyNode):
         rows = rows_for(plan, recipe, anchor)
         start = RowStart(cell, noise_scaffold=check_scaffold(noise_scaffold, vae, image), denoise_share=share)
         engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size)
-        warnings += range_notices(image)
+        warnings += range_notices(image) + cache_notices(recipe.model)
         refined = refine(image, plan, rows, engine, PasteSettings(color_match=color_match), keep_mask=False)
         warnings += engine.notices
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)

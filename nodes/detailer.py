@@ -26,7 +26,16 @@ from ..ip_adapter import LayerWeights
 from ..picture.detections import Detections
 from . import inputs
 from .anchors import choose_anchor
-from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
+from .checks import (
+    cache_notices,
+    check_depth,
+    check_image,
+    check_models,
+    check_scaffold,
+    fitted,
+    latent_cell,
+    range_notices,
+)
 from .refiner_inputs import choose_recipe, crop_sizes
 from .schema import LunaConcepts, LunaDetections, luna_schema, notice
 
@@ -143,7 +152,7 @@ class LunaSemanticDetailer(io.ComfyNode):
         start = RowStart(vae.spacial_compression_encode(), mask_latent, check_scaffold(noise_scaffold, vae, image))
         engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size)
         warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=anchor is not None)
-        warnings += range_notices(image)
+        warnings += range_notices(image) + cache_notices(recipe.model)
         if resting:
             warnings.append(f"denoise is 0 for {len(resting)} of {len(rows)} regions: they stay as they are")
         refined = refine(image, plan, rows, engine, PasteSettings(blend, color_match), keep_crops=True)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LunaRuntimeError
-from ..picture.boxes import Box
-from .blend import Blend, multiband
-from .color import ColorMatch, match_color
-from .crops import WINDOW_PX, cut, fit_into, paste, uncut
+from .crops import cut, fit_into
+from .pasting import FEATHERED, PasteSettings, paste_back
 from .plan import RefinePlan, Region
 from .rows import EncodedRow, Row
 
@@ -54,19 +52,6 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class PasteSettings:
-    """How refined crops go back onto the picture.
-
-    Attributes:
-        blend: a weighted paste, or a multiband blend inside the same region.
-        color_match: how colours are taken back to those of the input picture.
-    """
-
-    blend: Blend = "feather"
-    color_match: ColorMatch = "none"
-
-
-@dataclass(frozen=True)
 class Refined:
     """The outcome of a refinement, on the device of the input picture.
 
@@ -87,7 +72,7 @@ def refine(
     plan: RefinePlan,
     rows: Sequence[Row],
     engine: Engine,
-    settings: PasteSettings = PasteSettings(),
+    settings: PasteSettings = FEATHERED,
     keep_crops: bool = False,
     keep_mask: bool = True,
 ) -> Refined:
@@ -122,7 +107,7 @@ def refine(
             sampled.update(zip((row.region.row for row in batch_rows), engine.sample(batch_rows), strict=True))
         for region, picture in _decode(plan.paste_order(turn), sampled, engine):
             index = region.image_index
-            _paste_back(
+            paste_back(
                 colours[index], original[index], None if mask is None else mask[index], picture, region, settings
             )
             if after is not None:
@@ -209,43 +194,11 @@ def _decode(regions: Sequence[Region], sampled: dict[int, Tensor], engine: Engin
             yield from zip(part, _finite(engine.decode(latents), "decoding with vae"), strict=True)
 
 
-def _paste_back(
-    canvas: Tensor, reference: Tensor, mask: Tensor | None, picture: Tensor, region: Region, settings: PasteSettings
-) -> None:
-    """Pastes one refined crop onto its image [H,W,3], and what was pasted where onto its mask [H,W].
-
-    ``reference`` is the input picture, so that colours do not drift from pass to pass.
-    """
-    if settings.color_match != "none":
-        before = cut(reference.to(torch.float32), region.crop, *region.working_size)
-        weights = region.weights_over_crop(*region.working_size).to(canvas.device)
-        picture = match_color(picture, before, weights, settings.color_match)
-    # a multiband blend reaches from one end of the region to the other, a feather takes any part for itself
-    windows = [region.paste] if settings.blend == "multiband" else region.paste.strips(WINDOW_PX)
-    for window in windows:
-        weights = region.weights.draw(window).to(canvas.device)
-        if settings.blend == "multiband":
-            below = canvas[window.y1 : window.y2, window.x1 : window.x2]
-            blended = multiband(below, uncut(picture, region.crop, window), weights)
-            # the coarse bands reach past the mask: they fade out where the paste weight does
-            below.lerp_(blended, (4 * weights).clamp(max=1)[..., None])
-        else:
-            paste(canvas, picture, region.crop, window, weights)
-        if mask is not None:
-            _mark(mask, window, weights)
-
-
 def _parts(items: Sequence[Item], size: tuple[int, int], px: int) -> Iterator[Sequence[Item]]:
     """As many at a time of what is ``size`` (height, width) px as fit into ``px``."""
     most = max(1, px // (size[0] * size[1]))
     for start in range(0, len(items), most):
         yield items[start : start + most]
-
-
-def _mark(mask: Tensor, window: Box, weights: Tensor) -> None:
-    """Adds a paste to the refined mask [H,W] the way pastes add up: what is left over of 1 shrinks by each weight."""
-    part = mask[window.y1 : window.y2, window.x1 : window.x2]
-    part.add_((1 - part) * weights)
 
 
 def _finite(values: Tensor, stage: str) -> Tensor:

@@ -104,6 +104,21 @@ def check_models(model: ModelPatcher, vae: VAE, working_px: int) -> None:
         raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {cell}")
 
 
+_WHOLE_BATCH_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
+"""Nodes of ComfyUI that skip a step where the batch changes little, by the key of their wrappers."""
+
+
+def cache_notices(model: ModelPatcher) -> list[str]:
+    """What is said of nodes on the model that decide for all rows of a call at once."""
+    at_work = {key for wrappers in model.wrappers.values() for key, found in wrappers.items() if found}
+    return [
+        f"{name} on model decides for the whole batch which steps to skip: rows then depend on each other, and results "
+        "on chunk_size. Leave it out where a row must come back the same in any company"
+        for key, name in _WHOLE_BATCH_CACHES.items()
+        if key in at_work
+    ]
+
+
 def latent_cell(vae: VAE) -> int:
     """px of the picture that sides of crops and tiles are multiples of: the VAE's ratio, and at least 8.
 

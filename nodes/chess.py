@@ -18,7 +18,8 @@ from ..batching.comfy_prompts import check_prompts
 from ..batching.comfy_recipe import SamplingSettings, least_share
 from ..batching.drawing import draw_plan
 from ..batching.grid import TileSettings, plan_tiles
-from ..batching.refine import PasteSettings, refine
+from ..batching.pasting import PasteSettings
+from ..batching.refine import refine
 from ..batching.resting import without_px
 from ..batching.row_start import RowStart
 from ..batching.upscale import scale_image
@@ -27,7 +28,7 @@ from ..ip_adapter import LayerWeights
 from ..sam3_bridge.from_masks import Picture, as_masks
 from . import inputs
 from .anchors import choose_anchor
-from .checks import check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
+from .checks import cache_notices, check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
 from .refiner_inputs import choose_recipe
 from .schema import luna_schema, notice
 
@@ -144,7 +145,7 @@ class LunaChessRefiner(io.ComfyNode):
         start = RowStart(cell, noise_scaffold=check_scaffold(noise_scaffold, vae, image), denoise_share=share)
         device = working_device(recipe.model, image)
         engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device)
-        warnings += range_notices(image)
+        warnings += range_notices(image) + cache_notices(recipe.model)
         refined = refine(image, plan, rows, engine, PasteSettings(color_match=color_match), keep_mask=False)
         warnings += engine.notices
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)

@@ -20,15 +20,25 @@ from ..batching.comfy_recipe import SamplingSettings
 from ..batching.concepts import Concept
 from ..batching.crop_plan import AUTO_SIZES, CropSettings, MaskMode, OverlapMode, plan_detections, size_notices
 from ..batching.crops import cut, fit_into
+from ..batching.pasting import PasteSettings
 from ..batching.plan import RefinePlan
-from ..batching.refine import PasteSettings, crop_batch, refine
+from ..batching.refine import crop_batch, refine
 from ..batching.resting import without_rows
 from ..batching.row_start import RowStart
 from ..ip_adapter import LayerWeights
 from ..picture.detections import Detections
 from . import inputs
 from .anchors import choose_anchor
-from .checks import check_depth, check_image, check_models, check_scaffold, fitted, latent_cell, range_notices
+from .checks import (
+    cache_notices,
+    check_depth,
+    check_image,
+    check_models,
+    check_scaffold,
+    fitted,
+    latent_cell,
+    range_notices,
+)
 from .refiner_inputs import choose_recipe, crop_sizes
 from .schema import LunaConcepts, LunaDetections, luna_schema, notice
 
@@ -146,7 +156,7 @@ class LunaSemanticDetailer(io.ComfyNode):
         device = working_device(recipe.model, image)
         engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device)
         warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=anchor is not None)
-        warnings += range_notices(image)
+        warnings += range_notices(image) + cache_notices(recipe.model)
         if resting:
             warnings.append(f"denoise is 0 for {len(resting)} of {len(rows)} regions: they stay as they are")
         refined = refine(image, plan, rows, engine, PasteSettings(blend, color_match), keep_crops=True)

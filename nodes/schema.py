@@ -46,9 +46,12 @@ def notice(*lines: str) -> dict[str, tuple[str, ...]]:
 
 def _show_on_node(text: str) -> None:
     from comfy_execution.utils import get_executing_context
-    from server import PromptServer
 
     context = get_executing_context()
+    if context is None:  # and maybe no server either, nor what it needs
+        return
+    from server import PromptServer
+
     server = getattr(PromptServer, "instance", None)
-    if context is not None and server is not None:
+    if server is not None:
         server.send_progress_text(text, context.node_id)

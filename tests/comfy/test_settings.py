@@ -13,8 +13,8 @@ from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.crops import cut
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.noise import row_noise
+from luna_refinement.batching.pasting import PasteSettings
 from luna_refinement.batching.plan import RefinePlan
-from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.nodes.concepts import LunaConcept
 from luna_refinement.nodes.ip_adapter import LunaApplyIPAdapter

@@ -19,8 +19,9 @@ from luna_refinement.batching.crop_plan import (
     plan_detections,
 )
 from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
+from luna_refinement.batching.pasting import PasteSettings
 from luna_refinement.batching.plan import RefinePlan
-from luna_refinement.batching.refine import PasteSettings, Refined
+from luna_refinement.batching.refine import Refined
 from luna_refinement.picture.boxes import picture_box
 from luna_refinement.picture.detections import Detection
 from torch import Tensor

@@ -10,8 +10,8 @@ from luna_refinement.batching.color import COLOR_MATCHES
 from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.drawing import draw_plan
 from luna_refinement.batching.grid import TileSettings, plan_tiles
+from luna_refinement.batching.pasting import PasteSettings
 from luna_refinement.batching.plan import RefinePlan
-from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.upscale import UPSCALE_METHODS, scale_image
 from luna_refinement.picture.detections import Detection
 

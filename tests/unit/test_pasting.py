@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from luna_refinement.batching.blend import MOST_BANDS
 from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TILE_ORDERS, TileSettings, plan_tiles
+from luna_refinement.batching.pasting import PasteSettings
 from luna_refinement.batching.plan import RefinePlan
-from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.weights import MaskWeights, SharedWeights
 from luna_refinement.picture.detections import Detection
 

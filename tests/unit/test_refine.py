@@ -5,8 +5,8 @@ import pytest
 import torch
 from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.crops import cut
+from luna_refinement.batching.pasting import PasteSettings
 from luna_refinement.batching.plan import RefinePlan
-from luna_refinement.batching.refine import PasteSettings
 from luna_refinement.batching.refine import refine as refine_rows
 from luna_refinement.batching.rows import EncodedRow, Row, resolve_rows
 from luna_refinement.errors import LunaInputError, LunaRuntimeError

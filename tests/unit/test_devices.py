@@ -96,4 +96,5 @@ def test_a_picture_of_main_memory_is_worked_on_where_the_engine_is(blend: str, c
     there = refine(image, plan(mask), Watching(brighten, device=OTHER), settings, keep_crops=True)
     assert set(seen) == {OTHER}
     for name in ("image", "mask", "crops_before", "crops_after"):
-        assert torch.equal(getattr(there, name), getattr(here, name)), name
+        # crops are resampled by other means there: equal to rounding
+        assert torch.allclose(getattr(there, name), getattr(here, name), rtol=0, atol=2e-6), name

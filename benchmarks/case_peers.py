@@ -11,10 +11,14 @@ import peer_plot
 from bench_models import model_file, sd15_files, tiny_models
 from peer_jobs import (
     ANCHORS,
+    BOX,
     COUNT_JOBS,
     COUNTS,
+    CROP,
     LARGE_JOBS,
+    OVERLAP,
     PICTURE_JOBS,
+    STRIDE,
     TILE,
     TILE_JOBS,
     WORKING,
@@ -22,7 +26,7 @@ from peer_jobs import (
     TileJob,
 )
 from peer_packs import PACKS, load_packs, packs_folder
-from peer_sides import ALL_TILES, Kit, Nodes, impact_regions, luna_regions, luna_tiles, usdu_tiles
+from peer_sides import ALL_TILES, Kit, Nodes, Run, impact_regions, luna_regions, luna_tiles, usdu_tiles
 from peer_turns import Measured, take_turns
 from report import Report, Table
 from tqdm import tqdm
@@ -30,7 +34,7 @@ from tqdm import tqdm
 from harness import assets, tiny
 from harness.refining import adapter_halves
 
-TURNS, STEPS, LARGE_STEPS = 5, 4, 2
+TURNS, STEPS = 5, 2
 LUNA, IMPACT, USDU, USDU_BATCH = "Luna", "Impact Pack", "USDU", "USDU, batch_size all"
 
 Sides = Mapping[str, Measured]
@@ -46,7 +50,7 @@ def small_kit() -> Kit:
 def large_kit() -> Kit:
     """320 channels and ViT-L."""
     weights = comfy.utils.load_torch_file(model_file(assets.SD15_PLUS), safe_load=True)
-    return Kit(sd15_files(), adapter_halves(weights), LARGE_STEPS)
+    return Kit(sd15_files(), adapter_halves(weights), STEPS)
 
 
 def run(results: Path) -> Report:
@@ -63,7 +67,7 @@ def run(results: Path) -> Report:
     tables = (
         _region_table(f"Regions: {small.models.name}, {STEPS} steps", counted),
         _growth_table(counted),
-        _region_table(f"Regions: {large.models.name} and ViT-L, {LARGE_STEPS} steps", heavy),
+        _region_table(f"Regions: {large.models.name} and ViT-L, {STEPS} steps", heavy),
         _region_table(f"Larger pictures: {small.models.name}, {STEPS} steps", pictures),
         _tile_table(f"Tiles in chess order: {small.models.name}, {STEPS} steps", tiles),
     )
@@ -80,7 +84,7 @@ def _regions(kit: Kit, jobs: Sequence[RegionJob], nodes: Nodes) -> list[tuple[Re
     return found
 
 
-def _tile_sides(kit: Kit, job: TileJob, nodes: Nodes):  # type: ignore[no-untyped-def]
+def _tile_sides(kit: Kit, job: TileJob, nodes: Nodes) -> dict[str, Run]:
     return {
         LUNA: luna_tiles(kit, job),
         USDU: usdu_tiles(kit, job, nodes, 1),
@@ -109,7 +113,7 @@ def _region_table(title: str, found: Sequence[tuple[RegionJob, Sides]]) -> Table
             f"{sides[LUNA].over(sides[IMPACT]):.2f}",
             sides[LUNA].calls_by_rows(),
             sides[IMPACT].calls_by_rows(),
-        )  # fmt: skip
+        )
         for job, sides in found
     )
     return Table(title, columns, rows)
@@ -143,7 +147,7 @@ def _tile_table(title: str, found: Sequence[tuple[TileJob, Sides]]) -> Table:
             sides[USDU_BATCH].times(),
             f"{sides[LUNA].over(sides[USDU_BATCH]):.2f}",
             *(sides[name].calls_by_rows() for name in (LUNA, USDU, USDU_BATCH)),
-        )  # fmt: skip
+        )
         for job, sides in found
     )
     return Table(title, columns, rows)
@@ -159,7 +163,7 @@ def _draw(
     for anchor in ANCHORS:
         rows = [(job.regions, sides) for job, sides in counted if job.anchor == anchor]
         panels[anchor, "regions"] = {name: [(x, sides[name]) for x, sides in rows] for name in (LUNA, IMPACT)}
-    panels["9 regions, text only", "side of the picture, px"] = {
+    panels["4 regions, text only", "side of the picture, px"] = {
         name: [(job.side, sides[name]) for job, sides in pictures] for name in (LUNA, IMPACT)
     }
     panels["chess", "tiles"] = {
@@ -172,17 +176,18 @@ _ABOUT = f"""\
 {{versions}}, each loaded by ComfyUI's own loader and run through its own nodes, in one process with Luna. Sides take
 turns (every other turn backwards) on the same picture, new px in every turn; {TURNS} turns after one to warm up.
 Times are median (min–max); *ratio* is Luna's time over the other's, median over the turns. Calls × rows are the UNet
-calls of one run and the rows in each, cond and uncond together; a run stops if the sides do not put the same px of latent
-through the UNet.
+calls of one run and the rows in each, cond and uncond together; a run stops if the sides do not put the same px of
+latent through the UNet.
 
-All sides: same models, prompts, euler, normal, cfg 3, denoise 0.4, steps as named, no preview, no progress bar.
+All sides: same models, prompts, {STEPS} steps of euler, normal, cfg 3, denoise 0.4, no preview, no progress bar.
 
-- **Regions** are boxes whose crops of 112 px are refined at {WORKING} px. Luna: Semantic Detailer, `crop_size` {WORKING}.
-  Impact Pack: MaskToSEGS with `crop_factor` 1.4 (not timed, as detection is not), DetailerForEach with `guide_size`
-  {WORKING} for the crop region, noise mask, no differential diffusion.
-- **one adapter**: one picture for all regions. Luna: a concept for `*` with that picture. Others: IPAdapterAdvanced on the
-  model, once, then DetailerForEach.
+- **Regions** are boxes of {BOX} px whose crops of {CROP} px are refined at {WORKING} px. Luna: Semantic Detailer,
+  `crop_size` {WORKING}. Impact Pack: MaskToSEGS with `crop_factor` {CROP / BOX:g} (not timed, as detection is not),
+  DetailerForEach with `guide_size` {WORKING} for the crop region, noise mask, no differential diffusion.
+- **one adapter**: one picture for all regions. Luna: a concept for `*` with that picture. Others: IPAdapterAdvanced
+  on the model, once, then DetailerForEach.
 - **own adapter**: each region anchored by its own px. Luna: what the Semantic Detailer does with an adapter. Others:
-  Impact's IPAdapterApplySEGS, with which DetailerForEach encodes each region with IPAdapter_plus and patches the model anew.
-- **Tiles**: {TILE} px for the UNet in steps of 112 px, even tiles before odd ones. Luna: Chess Refiner, `min_overlap` 0.125.
-  USDU: Chess, tiles of 112 px, padding 16, no seam fix; once with `batch_size` 1, once with as many as it allows."""
+  Impact's IPAdapterApplySEGS, with which DetailerForEach has IPAdapter_plus encode each region and patch the model.
+- **Tiles**: {TILE} px for the UNet in steps of {STRIDE} px, even tiles before odd ones. Luna: Chess Refiner,
+  `min_overlap` {OVERLAP:g}. USDU (Ultimate SD Upscale): Chess, tiles of {STRIDE} px, padding {TILE - STRIDE}, no seam
+  fix; once with `batch_size` 1, once with as many as it allows."""

@@ -9,15 +9,15 @@ ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 """No image prompt; one picture's embedding for all regions; each region anchored by its own px."""
 
 COUNTS = (1, 4, 9, 16)
-COLUMNS, SPACING, BOX, CROP, WORKING = 4, 160, 80, 112, 128
+COLUMNS, SPACING, BOX, CROP, WORKING = 4, 160, 40, 56, 64
 """Boxes of BOX px stand SPACING px apart; CROP px around each are refined at WORKING px, on every side alike."""
 
 SMALL_PICTURE, PICTURES = 1024, (1024, 2048, 4096)
-GRIDS = (2, 4, 6, 8)
-TILE, STRIDE = 128, 112
+GRIDS = (2, 4, 6)
+TILE, STRIDE = 64, 56
 """px that the UNet sees of a tile, and px from tile to tile."""
 
-PADDING, FEATHER, OVERLAP = (CROP - BOX) / 2 / BOX, 16, (TILE - STRIDE) / TILE
+PADDING, FEATHER, OVERLAP = (CROP - BOX) / 2 / BOX, 8, (TILE - STRIDE) / TILE
 """The same geometry in Luna's words: fraction of the box, px of the picture, fraction of the tile."""
 
 Box = tuple[int, int, int, int]
@@ -59,5 +59,5 @@ class TileJob:
 COUNT_JOBS = tuple(RegionJob(count, anchor) for anchor, count in itertools.product(ANCHORS, COUNTS))
 LARGE_JOBS = tuple(RegionJob(4, anchor) for anchor in ANCHORS)
 """With the larger models, which take seconds per region."""
-PICTURE_JOBS = tuple(RegionJob(9, "text only", side) for side in PICTURES)
+PICTURE_JOBS = tuple(RegionJob(4, "text only", side) for side in PICTURES)
 TILE_JOBS = tuple(map(TileJob, GRIDS))

@@ -87,7 +87,7 @@ def impact_regions(kit: Kit, job: RegionJob, nodes: Nodes) -> Run:
                 model, kit.halves, weight=WEIGHT, image=reference(image), clip_vision=kit.models.clip_vision
             )
         elif job.anchor == "own adapter":
-            (shown,) = nodes["IPAdapterApplySEGS"].doit(
+            (shown,) = nodes["ImpactIPAdapterApplySEGS"].doit(
                 segs, pipe, WEIGHT, noise=0.0, weight_type="linear", start_at=0.0, end_at=1.0, unfold_batch=False,
                 faceid_v2=False, weight_v2=1.0, context_crop_factor=1.0, reference_image=image,
             )  # fmt: skip
@@ -129,8 +129,8 @@ def usdu_tiles(kit: Kit, job: TileJob, nodes: Nodes, batch_size: int) -> Run:
 
     def run(model: Any, image: Tensor) -> Tensor:
         refined: Tensor = nodes["UltimateSDUpscaleNoUpscale"]().upscale(
-            image, model, **kit.sampling, mode_type="Chess", tile_width=STRIDE, tile_height=STRIDE, mask_blur=8,
-            tile_padding=TILE - STRIDE, seam_fix_mode="None", seam_fix_denoise=1.0, seam_fix_mask_blur=8,
+            image, model, **kit.sampling, mode_type="Chess", tile_width=STRIDE, tile_height=STRIDE, mask_blur=4,
+            tile_padding=TILE - STRIDE, seam_fix_mode="None", seam_fix_denoise=1.0, seam_fix_mask_blur=4,
             seam_fix_width=64, seam_fix_padding=16, force_uniform_tiles=True, tiled_decode=False,
             batch_size=batch_size,
         )[0]  # fmt: skip

@@ -2,6 +2,7 @@
 
 run.py                       all cases
 run.py crop_paste memory     only these
+run.py peers                 beside other packs, whose folder LUNA_BENCH_PEERS names
 """
 
 import argparse
@@ -14,19 +15,26 @@ from types import ModuleType
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: ComfyUI has a module ``nodes`` of its own
 
+from peer_packs import packs_folder
+
 from harness.comfyui import make_importable, use_cores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CASES = ("crop_paste", "memory", "ip_adapter", "overhead", "seams", "anchors")
+ON_REQUEST = ("peers",)
+"""Cases that need what the repository does not bring: only when they are named."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure Luna Refinement; results go to benchmarks/results.")
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"any of {', '.join(CASES)}; default: all")
+    names = ", ".join((*CASES, *ON_REQUEST))
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"any of {names}; default: {', '.join(CASES)}")
     chosen = parser.parse_args().cases or CASES
-    unknown = set(chosen) - set(CASES)
+    unknown = set(chosen) - {*CASES, *ON_REQUEST}
     if unknown:
-        parser.error(f"no case {', '.join(sorted(unknown))}: choose from {', '.join(CASES)}")
+        parser.error(f"no case {', '.join(sorted(unknown))}: choose from {names}")
+    if "peers" in chosen:
+        packs_folder(os.environ)  # stops here without them, not after the other cases
     use_cores(os.cpu_count() or 1)
     make_importable()
     RESULTS.mkdir(exist_ok=True)

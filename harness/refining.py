@@ -1,6 +1,6 @@
 """Runs of the refiner nodes in process, on tiny models in the real layouts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,15 @@ def detections(image: Tensor, boxes: Sequence[Sequence[float]] = BOXES, on: Sequ
     return Detections(tuple(items), image.shape[2], image.shape[1], image.shape[0])
 
 
+def adapter_halves(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """An IP-Adapter file's weights as other packs' loaders give them."""
+    halves: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in weights.items():
+        half, name = key.split(".", 1)
+        halves[half][name] = value
+    return halves
+
+
 @dataclass
 class Studio:
     """Models of one family and how the nodes are called with them."""
@@ -56,11 +65,7 @@ class Studio:
 
     def adapter(self, variant: str = "plus") -> IPAdapter:
         """An IPADAPTER as another pack's loader would give it, converted by ours."""
-        halves: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-        for key, value in tiny.ip_adapter_weights(self.family, variant).items():
-            half, name = key.split(".", 1)
-            halves[half][name] = value
-        return as_ip_adapter(halves)
+        return as_ip_adapter(adapter_halves(tiny.ip_adapter_weights(self.family, variant)))
 
     @cached_property
     def plus(self) -> IPAdapter:
@@ -111,11 +116,16 @@ class Studio:
 def counting(model: Any) -> tuple[Any, list[int]]:
     """A clone of the model, and a list that gets the rows of every call to it."""
     rows: list[int] = []
+    return watching(model, lambda latents: rows.append(latents.shape[0])), rows
 
-    def count(apply_model: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        rows.append(arguments["input"].shape[0])
+
+def watching(model: Any, note: Callable[[Tensor], None]) -> Any:
+    """A clone of the model that shows the latents [rows,c,h,w] of every call to it."""
+
+    def call(apply_model: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        note(arguments["input"])
         return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
-    counted = model.clone()
-    counted.set_model_unet_function_wrapper(count)
-    return counted, rows
+    watched = model.clone()
+    watched.set_model_unet_function_wrapper(call)
+    return watched

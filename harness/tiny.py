@@ -121,12 +121,12 @@ def vae(family: Family = "sd15") -> Any:
     return comfy.sd.VAE(sd=build_vae(scale.scale_factor))
 
 
-def clip_vision(folder: Path, hidden: int = CLIP_HIDDEN, pooled: int = CLIP_POOLED) -> Any:
-    """A CLIP_VISION of two layers that sees 56x56 px in patches of 14."""
+def clip_vision(folder: Path, hidden: int = CLIP_HIDDEN, pooled: int = CLIP_POOLED, image_size: int = 56) -> Any:
+    """A CLIP_VISION of two layers that sees ``image_size`` px squared in patches of 14."""
     config = {
         "hidden_size": hidden,
         "projection_dim": pooled,
-        "image_size": 56,
+        "image_size": image_size,
         "patch_size": 14,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -135,7 +135,7 @@ def clip_vision(folder: Path, hidden: int = CLIP_HIDDEN, pooled: int = CLIP_POOL
         "num_channels": 3,
         "model_type": "clip_vision_model",
     }
-    path = folder / f"tiny_clip_{hidden}_{pooled}.json"
+    path = folder / f"tiny_clip_{hidden}_{pooled}_{image_size}.json"
     path.write_text(json.dumps(config), encoding="utf-8")
     model = comfy.clip_vision.ClipVisionModel(str(path))
     seed_weights(model.model, "tiny clip", hidden, pooled)

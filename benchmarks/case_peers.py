@@ -77,7 +77,7 @@ def run(results: Path) -> Report:
 
 
 def _regions(kit: Kit, jobs: Sequence[RegionJob], nodes: Nodes) -> list[tuple[RegionJob, Sides]]:
-    found = []
+    found: list[tuple[RegionJob, Sides]] = []
     for job in tqdm(jobs, desc=f"regions, {kit.models.name}"):
         sides = {LUNA: luna_regions(kit, job), IMPACT: impact_regions(kit, job, nodes)}
         found.append((job, take_turns(kit.models.model, sides, job.side, TURNS)))

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import comfy.utils
+import torch
 from peer_sides import Run
 from report import median, timed
 from torch import Tensor
@@ -66,7 +67,8 @@ def take_turns(model: Any, sides: Mapping[str, Run], picture_side: int, turns: i
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     comfy.utils.set_progress_bar_enabled(False)
-    with contextlib.redirect_stdout(io.StringIO()):  # what packs print about each segment
+    # as ComfyUI runs its nodes, and without what packs print about each segment
+    with torch.inference_mode(), contextlib.redirect_stdout(io.StringIO()):
         calls = {name: _calls(model, run, picture(picture_side, 0)) for name, run in sides.items()}
         for turn in range(1, turns + 1):
             image = picture(picture_side, turn)

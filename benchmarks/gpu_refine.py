@@ -1,6 +1,7 @@
 """Whole runs of the refiners: nine faces and 25 tiles in every way, with fewer steps and px, on smaller cards."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -175,11 +176,8 @@ def cards(models: Models, budget: Budget) -> list[Table]:
                 calls: list[int] = []
                 counted = Models(**{**vars(models), "model": _counting(models.model, calls)})
                 start = now()
-                peak = peak_bytes(
-                    lambda counted=counted: detail(
-                        counted, faces_picture(models), faces(models), models.sides[0], steps=2
-                    )
-                )
+                side, image = models.sides[0], faces_picture(models)
+                peak = peak_bytes(partial(detail, counted, image, faces(models), side, steps=2))
                 rows.append((f"{size}", str(len(calls)), str(max(calls)), gib(peak), f"{now() - start:.1f}"))
         except ValueError as error:
             rows.append((f"{size}", str(error), "–", "–", "–"))

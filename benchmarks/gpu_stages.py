@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gpu_clock import Budget, Traffic, gib, now, peak_bytes

@@ -166,7 +166,7 @@ def levers(models: Models, budget: Budget) -> list[Table]:
 def cards(models: Models, budget: Budget) -> list[Table]:
     """Anchored faces on smaller cards: how many rows share a call, and at what price."""
     rows: list[tuple[str, ...]] = []
-    columns = ("card, GiB", "model calls of 2 steps", "most rows in a call", "peak beside what was loaded, GiB", "s")
+    columns = ("card, GiB", "model calls of 2 steps", "most rows in a call", "weights and work at most, GiB", "s")
     if not HAS_CUDA:
         return [Table("Smaller cards", columns, tuple((f"{size}", *[NEEDS_CUDA] * 4) for size in CARDS_GIB))]
     for size in CARDS_GIB:
@@ -179,8 +179,8 @@ def cards(models: Models, budget: Budget) -> list[Table]:
                 side, image = models.sides[0], faces_picture(models)
                 peak = peak_bytes(partial(detail, counted, image, faces(models), side, steps=2))
                 rows.append((f"{size}", str(len(calls)), str(max(calls)), gib(peak), f"{now() - start:.1f}"))
-        except ValueError as error:
-            rows.append((f"{size}", str(error), "–", "–", "–"))
+        except (ValueError, RuntimeError) as error:  # out of memory on so small a card is a result too
+            rows.append((f"{size}", str(error).splitlines()[0], "–", "–", "–"))
     return [
         Table("Smaller cards: what is beyond is held by one tensor; models are loaded in the run", columns, tuple(rows))
     ]

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -68,7 +69,7 @@ def noise(models: Models, budget: Budget) -> list[Table]:
         for start, stop in pairwise(sigmas):
             draw(start, stop)
 
-    times = in_turns({name: lambda make=make: walk(make) for name, make in makers.items()}, REPEATS, budget)
+    times = in_turns({name: partial(walk, make) for name, make in makers.items()}, REPEATS, budget)
     each = {name: 1000 * statistics.median(spent) / steps for name, spent in times.items()}
     found = tuple((name, f"{ms:.2f}", f"{ms / rows:.2f}") for name, ms in each.items())
     return [Table(f"Noise of {rows} rows, {steps} steps", ("source", "ms per step", "ms per row and step"), found)]

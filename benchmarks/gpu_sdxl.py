@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,26 @@ def main() -> None:
     out = given.out or Path(__file__).resolve().parent / "results" / "gpu_sdxl.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():  # as ComfyUI runs its nodes
-        measure(given, out)
+        failed = measure(given, out)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
-def measure(given: argparse.Namespace, out: Path) -> None:
-    """Takes the tables one after the other and writes the file after each."""
+def measure(given: argparse.Namespace, out: Path) -> list[str]:
+    """Takes the tables one after the other and writes the file after each.
+
+    Time on a GPU is short: what fails is shown and named in the file, and the rest goes on.
+
+    Returns:
+        The names of what failed.
+    """
     import gpu_models
     from gpu_clock import Budget, OutOfTime
 
     budget, start = Budget(given.minutes), time.perf_counter()
     models = gpu_models.build(given.tiny)
     about = f"{models.name}, random weights; made ready in {time.perf_counter() - start:.0f} s."
+    failed: list[str] = []
     parts = [f"# SDXL on {device_name()}", circumstances(given), about]
     for name in given.only:
         print(f"{name} …", flush=True)
@@ -71,11 +81,16 @@ def measure(given: argparse.Namespace, out: Path) -> None:
             tables = [table.markdown() for table in cases(models, budget, given.repeats)[name]()]
         except OutOfTime:
             tables = [f"**{name}**: left out, {given.minutes:g} minutes were over."]
+        except Exception as error:
+            traceback.print_exc()
+            tables = [f"**{name}**: failed, {repr(error)[:300]}"]
+            failed.append(name)
         for table in tables:
             print(f"\n{table}\n", flush=True)
         parts += tables
         out.write_text("\n\n".join([*parts, f"Took {time.perf_counter() - start:.0f} s."]) + "\n", encoding="utf-8")
     print(f"saved to {out}", flush=True)
+    return failed
 
 
 def cases(models: Any, budget: Any, repeats: int) -> dict[str, Callable[[], list[Any]]]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gpu_clock import Budget, Traffic, gib, now, peak_bytes
@@ -83,9 +84,7 @@ def stage_split(models: Models, budget: Budget) -> list[Table]:
         image = faces_picture(models)
         with seen:
             detail(models, image, found, side, steps, color_match=match)
-        peak = peak_bytes(
-            lambda match=match: detail(models, faces_picture(models), found, side, steps, color_match=match)
-        )
+        peak = peak_bytes(partial(detail, models, faces_picture(models), found, side, steps, color_match=match))
         traffic.append((match, str(seen.waits), str(seen.copies), f"{seen.bytes / 2**20:.0f}", gib(peak)))
     title = f"{len(found)} anchored faces of {side} px, {steps} steps: ms by stage, with a wait at every border"
     moved = (

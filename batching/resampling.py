@@ -1,6 +1,6 @@
 """Antialiased bicubic resampling along one side at a time, and only of the part that is asked for.
 
-On the processor every 16 px are one product of a small matrix with the px they read, several times faster than
+On the processor every 16 px are one product of a small matrix with the px they read, which takes less time than
 ``F.interpolate``, which works out each px alone. The weights are those of ``F.interpolate``, so both agree to rounding.
 """
 

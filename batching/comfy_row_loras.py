@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ..errors import LunaRuntimeError
+from ..errors import LunaInputError, LunaRuntimeError
 from .comfy_injection import inject_parts, levels_of
 from .comfy_lora_parts import ModelLora, Patch, part_of, read_for
 from .concepts import Lora
@@ -33,6 +33,9 @@ class RowLoras:
     Args:
         model: ModelPatcher, or any clone of the one that will be sampled; not modified.
         stacks: every stack of the run. A row's LoRAs are added up, whatever their order.
+
+    Raises:
+        LunaInputError: a LoRA is damaged.
     """
 
     def __init__(self, model: Any, stacks: Iterable[LoraStack]) -> None:
@@ -104,7 +107,7 @@ class RowLoras:
                 for patch in found.patches if lora.strength else ():
                     layers.setdefault(patch.layer, []).append((patch, lora.strength, found))
             for path, patches in layers.items():
-                part = part_of(model.model.get_submodule(path), patches, dtype)
+                part = _checked_part(model.model.get_submodule(path), path, patches, dtype)
                 if part is not None:
                     self._places.setdefault(path, {})[number] = len(parts)
                     parts.append(part)
@@ -113,6 +116,20 @@ class RowLoras:
 
 def _key(stack: LoraStack) -> StackKey:
     return tuple((id(lora.weights), lora.strength) for lora in stack if lora.strength)
+
+
+def _checked_part(
+    module: Any, path: str, patches: Sequence[tuple[Patch, float, ModelLora]], dtype: torch.dtype
+) -> RowPart | None:
+    try:
+        return part_of(module, patches, dtype)
+    except (RuntimeError, IndexError) as error:
+        # torch's own arithmetic on weights that do not fit each other: its reason is passed on
+        names = " or ".join(sorted({f"'{lora.name}'" for _, _, lora in patches}))
+        raise LunaInputError(
+            f"lora {names} has weights for {path} that do not fit each other, the file is damaged: download it again "
+            f"({error})"
+        ) from error
 
 
 def _as_model(parts: nn.ModuleList, load_device: torch.device, offload_device: torch.device) -> Any:

@@ -64,7 +64,8 @@ def _faults(weights: Mapping[str, object]) -> Iterator[str]:
     """What is wrong with single weights."""
     for key, value in weights.items():
         if key.endswith(_RESHAPE) and isinstance(value, Tensor):
-            if value.is_floating_point() or value.ndim != 1 or not 0 < value.min() <= value.max() <= _MOST_WIDE:
+            whole = not (value.is_floating_point() or value.is_complex()) and value.ndim == 1 and value.numel() > 0
+            if not whole or not 0 < value.min() <= value.max() <= _MOST_WIDE:
                 yield f"{key} is no size that a layer could have"
         elif key.endswith(_ALPHA) and isinstance(value, Tensor):
             if value.numel() != 1 or value.is_complex() or not math.isfinite(value.item()):

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from luna_refinement.batching.comfy_row_loras import LoraStack, RowLoras
 from luna_refinement.batching.concepts import Lora
-from luna_refinement.errors import LunaRuntimeError
+from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from torch import Tensor
 
 from harness import tiny
@@ -206,6 +206,15 @@ def test_what_does_nothing_is_said() -> None:
         assert [words in notice for notice in loras.notices if f"'{name}'" in notice] == [True]
     assert torch.equal(together(model, stacks[:2]), run(model, range(2)))
     assert_rows_are_those_of_merged_models(model, [stacks[2], ()])
+
+
+def test_a_core_of_another_size_is_named_before_sampling() -> None:
+    model = build("sd15")
+    file = lora_file(model, "core", SD_CONVOLUTIONS[:1], (4,), kind="tucker")
+    broken = next(key for key in file if key.endswith(".lora_mid.weight"))
+    stack = (Lora("odd", file | {broken: torch.ones(4, 5, 3, 3)}, 1.0),)
+    with pytest.raises(LunaInputError, match=r"'odd'.*in_layers\.2"):
+        RowLoras(model, [stack])
 
 
 def test_strength_zero_is_no_lora() -> None:

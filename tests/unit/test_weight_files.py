@@ -200,6 +200,8 @@ BAD_LORAS: dict[str, Any] = {
     "half a LoKr": {"x.lokr_w1": torch.ones(4, 4)},
     "a quarter of a GLoRA": {"x.a1.weight": torch.ones(4, 4)},
     "a layer without end": lora(reshape_weight=torch.tensor([10**9, 10**9])),
+    "a layer of no size": lora(reshape_weight=torch.tensor([], dtype=torch.int8)),
+    "a layer of imaginary size": lora(reshape_weight=torch.tensor([8j, 8])),
     "a view of one number": lora(lora_up__weight=torch.zeros(1).expand(10**6, 2)),
 }
 

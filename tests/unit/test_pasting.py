@@ -142,7 +142,7 @@ def test_a_large_region_pasted_in_parts_is_the_region_pasted_at_once(
     image = picture(3, 260, 300)
     crops = {0: pasting.noise_crop(plan.regions[0], 3)}
     once = refine(image, plan, engine_that_gives(crops), PasteSettings(blend, "wavelet"))
-    for module in ("refine", "plan"):
+    for module in ("pasting", "plan"):
         monkeypatch.setattr(f"luna_refinement.batching.{module}.WINDOW_PX", 2000)
     parts = refine(image, plan, engine_that_gives(crops), PasteSettings(blend, "wavelet"))
     assert (once.image - parts.image).abs().max() < 1e-6

@@ -20,7 +20,7 @@ def draw(panels: Mapping[tuple[str, str], Mapping[str, Curve]], path: Path) -> N
     columns = 3
     figure = Figure(figsize=(11, 3.2 * -(-len(panels) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
-    for place, ((title, axis), curves) in zip(axes, panels.items(), strict=False):
+    for ((title, axis), curves), place in zip(panels.items(), axes, strict=False):  # panels first: no axis is lost
         for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
             at = [x for x, _ in curve]
             place.plot(at, [side.median for _, side in curve], color=colour, marker="o", markersize=3, label=name)

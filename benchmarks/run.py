@@ -20,7 +20,7 @@ from peer_packs import packs_folder
 from harness.comfyui import make_importable, use_cores
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CASES = ("crop_paste", "memory", "ip_adapter", "overhead", "seams", "anchors")
+CASES = ("crop_paste", "memory", "ip_adapter", "overhead", "seams", "anchors", "lora")
 ON_REQUEST = ("peers",)
 """Cases that need what the repository does not bring: only when they are named."""
 

@@ -59,6 +59,14 @@ def test_the_default_run_leaves_the_peers_out(monkeypatch: pytest.MonkeyPatch) -
     assert "peers" in run.ON_REQUEST
 
 
+def test_every_case_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import run
+
+    found = {path.stem.removeprefix("case_") for path in BENCHMARKS.glob("case_*.py")}
+    assert found == {*run.CASES, *run.ON_REQUEST}
+
+
 def test_every_count_of_regions_meets_every_kind_of_anchor(jobs: ModuleType) -> None:
     found = {(job.regions, job.anchor) for job in jobs.COUNT_JOBS}
     assert found == {(n, anchor) for n in (1, 4, 9, 16) for anchor in ("text only", "one adapter", "own adapter")}

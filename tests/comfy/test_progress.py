@@ -57,4 +57,10 @@ def test_previews_take_a_small_share_of_the_time_and_every_step_is_counted(told:
     assert told[0][2] is not None
     assert 2 <= len(shown) < steps
     assert share < 3 * PREVIEW_SHARE  # the first one, and those that a busy machine makes longer, may take more
-    assert [value for value, _, _ in told] == [4 * (step + 1) for step in range(steps)]
+    values, counted = [value for value, _, _ in told], [4 * (step + 1) for step in range(steps)]
+    if hasattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL"):  # newer releases leave some out
+        assert values[-1] == counted[-1]
+        assert set(values) <= set(counted)
+        assert values == sorted(values)
+    else:
+        assert values == counted

@@ -40,14 +40,11 @@ class RowLoras:
 
     def __init__(self, model: Any, stacks: Iterable[LoraStack]) -> None:
         self._stacks = {_key(stack): stack for stack in stacks if _key(stack)}
-        weights = model.model.state_dict().keys()
-        key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-        loras = {id(lora.weights): lora for stack in self._stacks.values() for lora in stack}
-        self._loras = {key: read_for(lora, key_map, weights, model.model) for key, lora in loras.items()}
+        self._loras = self._read(model.model)
         self._numbers = {key: number for number, key in enumerate(self._per_row())}
         self._places: dict[str, dict[int, int]] = {}
         self._factors = self._load(model)
-        self._levels = levels_of(model.model)
+        self._levels = levels_of(model.model) if self._numbers else {}
         self._merged: dict[tuple[int, StackKey], tuple[Any, Any]] = {}
         self.notices = [line for lora in self._loras.values() for line in lora.notices]
 
@@ -82,6 +79,14 @@ class RowLoras:
                 clone = comfy.sd.load_lora_for_models(clone, None, lora.weights, lora.strength, 0)[0]
             self._merged[key] = (model, clone)  # the model too, so that no other takes its id
         return self._merged[key][1]
+
+    def _read(self, model: Any) -> dict[int, ModelLora]:
+        """By the identity of their weights; a run without LoRAs does not go through the model's weights."""
+        loras = {id(lora.weights): lora for stack in self._stacks.values() for lora in stack}
+        if not loras:
+            return {}
+        weights, key_map = model.state_dict().keys(), comfy.lora.model_lora_keys_unet(model, {})
+        return {key: read_for(lora, key_map, weights, model) for key, lora in loras.items()}
 
     def _known(self, stack: LoraStack) -> StackKey:
         key = _key(stack)

@@ -218,12 +218,12 @@ class TokenMask(PerText):
         mask = fields[key]
         if mask.ndim > 2:
             return tuple(mask.shape[1:])
-        return tuple(mask[_place(mask, batch.regions[0])].tolist())
+        return tuple(batch.regions[0].of_picture(mask).tolist())
 
     def for_rows(self, key: str, fields: Sequence[Fields], batch: Batch) -> Any:
         masks = [own[key] for own in fields]
         if masks[0].ndim < 3:
-            return masks[0][_place(masks[0], batch.regions[0])][None]
+            return batch.regions[0].of_picture(masks[0])[None]
         grid = fields[0].get("attention_mask_img_shape")
         if grid is None or all(batch.guidance.is_even(mask, grid) for mask in masks):
             return _of_each_row(masks, batch.regions)
@@ -241,9 +241,4 @@ def _of_each_row(values: Sequence[Tensor], regions: Sequence[Region]) -> Tensor:
     first = values[0]
     if first.shape[0] == 1 and all(value is first for value in values):
         return first
-    return torch.stack([value[_place(value, region)] for value, region in zip(values, regions, strict=True)])
-
-
-def _place(batch: Tensor, region: Region) -> int:
-    """Which of [1 or B,...] belongs to the row's picture."""
-    return region.image_index if batch.shape[0] > 1 else 0
+    return torch.stack([region.of_picture(value) for value, region in zip(values, regions, strict=True)])

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..picture.boxes import Box
 from .blend import Blend, multiband
 from .color import ColorMatch, match_color
-from .crops import WINDOW_PX, cut, paste, uncut
+from .crops import WINDOW_PX, cut, mix, paste, uncut
 from .plan import Region
 
 
@@ -48,7 +48,7 @@ def paste_back(
             below = canvas[window.y1 : window.y2, window.x1 : window.x2]
             blended = multiband(below, uncut(picture, region.crop, window), weights)
             # the coarse bands reach past the mask: they fade out where the paste weight does
-            below.lerp_(blended, (4 * weights).clamp(max=1)[..., None])
+            mix(below, blended, (4 * weights).clamp(max=1))
         else:
             paste(canvas, picture, region.crop, window, weights)
         if mask is not None:

@@ -48,6 +48,10 @@ class Region:
         """(height, width) px."""
         return self.working_height, self.working_width
 
+    def of_picture(self, batch: Tensor) -> Tensor:
+        """What a batch [1 or B,...] holds for the region's picture: [...]."""
+        return batch[self.image_index if batch.shape[0] > 1 else 0]
+
     def weights_over_crop(self, height: int, width: int) -> Tensor:
         """The paste weight over the crop, scaled to [height, width]; 0..1."""
         drawn = torch.cat([_scaled(self.weights.draw(band), band.height, width) for band in self.crop.bands(WINDOW_PX)])

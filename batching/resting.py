@@ -59,8 +59,7 @@ def without_px(plan: RefinePlan, share: Tensor, least: float, cell: int) -> Refi
     if bool((scale == 1).all()):
         return plan
     regions = tuple(
-        replace(region, weights=ScaledWeights(region.weights, scale[region.image_index if len(scale) > 1 else 0]))
-        for region in plan.regions
+        replace(region, weights=ScaledWeights(region.weights, region.of_picture(scale))) for region in plan.regions
     )
     idle = {region.row for region in regions if not bool(region.weights.draw(region.paste).any())}
     return without_rows(replace(plan, regions=regions), idle)

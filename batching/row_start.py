@@ -51,14 +51,9 @@ class RowStart:
         shares = self.denoise_share
         if shares is None:
             return 1.0
-        return cut(_of_picture(shares, region)[..., None], region.crop, *size)[..., 0]
+        return cut(region.of_picture(shares)[..., None], region.crop, *size)[..., 0]
 
     def _slice(self, scaffold: Tensor, region: Region, size: tuple[int, int]) -> Tensor:
         crop, cell = region.crop, self.cell
         start, stop = (crop.y1 / cell, crop.x1 / cell), (crop.y2 / cell, crop.x2 / cell)
-        return scaffold_slice(_of_picture(scaffold, region), start, stop, size, row_generator(region.seed, "scaffold"))
-
-
-def _of_picture(batch: Tensor, region: Region) -> Tensor:
-    """What [1 or B,...] holds for the region's picture."""
-    return batch[region.image_index if batch.shape[0] > 1 else 0]
+        return scaffold_slice(region.of_picture(scaffold), start, stop, size, row_generator(region.seed, "scaffold"))

@@ -110,7 +110,7 @@ class PictureGuidance:
             return self.planes(latents, regions, size)
         if latents[0].shape[0] == 1 and all(latent is latents[0] for latent in latents):
             return latents[0]
-        return torch.stack([latent[self._image_of(latent, r)] for latent, r in zip(latents, regions, strict=True)])
+        return torch.stack([r.of_picture(latent) for latent, r in zip(latents, regions, strict=True)])
 
     def planes(self, given: Sequence[Tensor], regions: Sequence[Region], size: tuple[int, int]) -> Tensor:
         """Latents, pictures or masks of the whole picture [1 or B,...,h,w] or [h,w] as one crop per row [N,...,*size].
@@ -119,7 +119,7 @@ class PictureGuidance:
         """
         crops = []
         for planes, region in zip(given, regions, strict=True):
-            own = planes[self._image_of(planes, region)] if planes.ndim > 2 else planes
+            own = region.of_picture(planes) if planes.ndim > 2 else planes
             own = own if self.is_this_picture(own) else self._middle(own)
             crops.append(cut_planes(own, self._box_on(own, region), size))
         stacked = torch.stack(crops)
@@ -147,7 +147,7 @@ class PictureGuidance:
 
         rows = []
         for mask, region in zip(masks, regions, strict=True):
-            own = cut_last(mask[self._image_of(mask, region)], region)
+            own = cut_last(region.of_picture(mask), region)
             rows.append(cut_last(own.T, region).T)
         return torch.stack(rows)
 
@@ -201,11 +201,7 @@ class PictureGuidance:
         return picture
 
     def _crop(self, picture: Tensor, region: Region, size: tuple[int, int]) -> Tensor:
-        return cut(picture[self._image_of(picture, region)].float(), region.crop, *size)
-
-    @staticmethod
-    def _image_of(batch: Tensor, region: Region) -> int:
-        return region.image_index if batch.shape[0] > 1 else 0
+        return cut(region.of_picture(picture).float(), region.crop, *size)
 
 
 def _span_weight(area: tuple[float, float], crop: tuple[int, int], limit: int, size: int) -> Tensor:

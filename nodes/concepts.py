@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..batching.concepts import Concept, Lora
 from ..errors import LunaInputError
+from . import inputs
 from .checks import check_image
 from .row_lora import TEXT_HALF, load_lora
 from .schema import LunaConcepts, LunaLoras, luna_schema
@@ -56,9 +57,7 @@ class LunaConcept(io.ComfyNode):
                     default=_NO_LORA,
                     tooltip=f"A LoRA for these detections only. {TEXT_HALF}",
                 ),
-                io.Float.Input(
-                    "strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip="Strength of the LoRA."
-                ),
+                inputs.lora_strength("Strength of the LoRA."),
                 io.Conditioning.Input("positive", optional=True, tooltip="Prompt instead of the refiner's positive."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Prompt instead of the refiner's negative."),
                 io.Image.Input(

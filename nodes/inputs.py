@@ -66,6 +66,10 @@ def chunk_size(tooltip: str) -> Any:
     return io.Int.Input("chunk_size", default=0, min=0, max=4096, tooltip=tooltip)
 
 
+def lora_strength(tooltip: str) -> Any:
+    return io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip=tooltip)
+
+
 def crop() -> list[Any]:
     """crop_size, padding, feather and mask_mode of crops around detections."""
     return [

@@ -8,6 +8,7 @@ from ..batching.concepts import Lora
 from ..batching.lora_files import read_lora
 from ..errors import LunaInputError
 from ..weight_files import inflated_bytes
+from . import inputs
 from .schema import LunaLoras, luna_schema
 
 TEXT_HALF = (
@@ -31,14 +32,7 @@ class LunaRowLora(io.ComfyNode):
                     options=folder_paths.get_filename_list("loras"),
                     tooltip=f"A LoRA from models/loras. {TEXT_HALF}",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-20.0,
-                    max=20.0,
-                    step=0.01,
-                    tooltip="Strength of the LoRA; 0 leaves it out.",
-                ),
+                inputs.lora_strength("Strength of the LoRA; 0 leaves it out."),
                 LunaLoras.Input("loras", optional=True, tooltip="LoRAs before this one; they all act together."),
             ],
             outputs=[LunaLoras.Output("stack", display_name="loras", tooltip="For Concept, or for another Row LoRA.")],

@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -140,7 +140,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 
 def _outer_sample(executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Makes keys and values before a sampling call and drops them after it, however it ends."""
-    guider: CFGGuider = executor.class_obj  # type: ignore[assignment]
+    guider = cast(CFGGuider, executor.class_obj)
     options = guider.model_options["transformer_options"]  # the guider's own for this call
     given: tuple[Anchors, ...] = options[ANCHORS]
     for anchors in given:
@@ -189,7 +189,7 @@ def _apply_model(
     **more: object,
 ) -> Tensor:
     """Arranges what the layers need for the rows of this call, on its device and in its dtype."""
-    model: BaseModel = executor.class_obj  # type: ignore[assignment]
+    model = cast(BaseModel, executor.class_obj)
     runs = [_run(given, model.model_sampling) for given in transformer_options[ANCHORS]]
     replacements = _replacements(transformer_options)
     known = AnchorCall(

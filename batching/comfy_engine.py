@@ -17,6 +17,7 @@ from ..ip_adapter.comfy_encode import views as views_of
 from ..ip_adapter.comfy_patch import patch_model
 from .comfy_anchor import Anchor
 from .comfy_chunks import MAIN_MEMORY, rows_that_fit
+from .comfy_latents import decode_pictures, encode_hints_apart, encode_pictures, has_frames, with_frames
 from .comfy_masked import add_masked, encode_masked, reads_masked_picture
 from .comfy_progress import SamplingProgress
 from .comfy_recipe import Recipe, with_denoise
@@ -67,7 +68,7 @@ class ComfyEngine:
         self._anchor = anchor
         self._chunk_size = chunk_size
         at_work = [rows[number] for turn in plan.passes for number in turn]
-        self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, start.cell)
+        self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, start.cell, has_frames(vae))
         for conditioning in {id(row.conditioning): row.conditioning for row in at_work}.values():
             self._conditioning.check(conditioning)
         self._recipes = {denoise: with_denoise(recipe, denoise) for denoise in {row.denoise for row in at_work}}
@@ -93,7 +94,7 @@ class ComfyEngine:
             size = (crops.shape[1], crops.shape[2])
             masks = torch.stack([self._start.may_change(row.region, size) for row in rows])
             masked = encode_masked(self._vae, crops, masks)
-        latents = self._vae.encode(crops)
+        latents = encode_pictures(self._vae, crops)
         return [row.encoded(*read) for row, *read in zip(rows, latents, masked, views, strict=True)]
 
     def anchor(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
@@ -114,7 +115,7 @@ class ComfyEngine:
         return [sampled[place] for place in range(len(rows))]
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._decoder.decode(latents)[..., :3].to(self.device, torch.float32)
+        return decode_pictures(self._decoder, latents)[..., :3].to(self.device, torch.float32)
 
     def _call_of(self, row: EncodedRow) -> Hashable:
         """What rows that share a sampling call have in common."""
@@ -150,6 +151,8 @@ class ComfyEngine:
     def _sample_chunk(self, rows: list[EncodedRow], recipe: Recipe) -> Tensor:
         latents = torch.stack([row.latent for row in rows])
         conditioning = self._conditioning.for_rows(rows, _size(rows[0]))
+        mask = self._start.mask(rows, _size(rows[0]))
+        encode_hints_apart(conditioning)
         add_masked(conditioning, rows, self._reads_masked)
         return sample_rows(
             recipe,
@@ -158,7 +161,7 @@ class ComfyEngine:
             latents,
             prepared_noise(self._start.noise(rows, latents.shape[1:])),
             [row.seed for row in rows],
-            denoise_mask=self._start.mask(rows, _size(rows[0])),
+            denoise_mask=None if mask is None else with_frames(mask, latents),
             callback=self._progress.callback(len(rows)),
         )
 

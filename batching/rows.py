@@ -68,7 +68,7 @@ class MaskedPicture:
     """What models made for inpainting read of a row besides its latent.
 
     Attributes:
-        latent: [c,h,w] of the crop with its mask greyed out.
+        latent: [c,h,w] or [c,1,h,w] of the crop with its mask greyed out.
         mask: [1,H,W] px of the crop, 1 where the row may change.
     """
 
@@ -81,7 +81,7 @@ class EncodedRow(Row):
     """A row whose crop has been read by the models.
 
     Attributes:
-        latent: [c,h,w].
+        latent: [c,h,w], or [c,1,h,w] of models whose latents have frames.
         masked: for models that read it.
         view: [s,s,3], what the image encoder sees, for a row with an anchor.
         embed: one image embedding, made of the view before the row is sampled.

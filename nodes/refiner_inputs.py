@@ -11,6 +11,7 @@ from comfy.sd import VAE
 from torch import Tensor
 
 from ..batching.comfy_chunks import row_bytes
+from ..batching.comfy_latents import latent_shape
 from ..batching.comfy_recipe import Recipe, SamplingSettings, ksampler_recipe
 from ..batching.crop_plan import AUTO_SIZES, LARGER_AUTO_SIZES
 from ..errors import LunaInputError
@@ -24,11 +25,10 @@ def crop_sizes(model: ModelPatcher, vae: VAE) -> tuple[int, ...]:
     Beyond the usual ones those of which a row fits in the device's memory beside the model. The whole memory counts,
     not what is free just now: the same inputs must get the same size in every run.
     """
-    ratio = vae.spacial_compression_encode()
-    if not isinstance(ratio, int):
+    if not isinstance(vae.spacial_compression_encode(), int):
         return AUTO_SIZES
     room = comfy.model_management.get_total_memory(model.load_device) - model.model_size()
-    shapes = {size: (vae.latent_channels, size // ratio, size // ratio) for size in LARGER_AUTO_SIZES}
+    shapes = {size: latent_shape(vae, size, size) for size in LARGER_AUTO_SIZES}
     return AUTO_SIZES + tuple(size for size, shape in shapes.items() if row_bytes(model, shape) <= room)
 
 

@@ -42,12 +42,12 @@ class PictureMemory:
     def recall(self, views: Tensor, encoded: Callable[[Tensor], Tensor]) -> Tensor:
         """The tokens [N,T,D] of views [N,s,s,3] on the CPU; those not seen before are ``encoded``, each once."""
         digests = [_digest(view) for view in views]
-        rows = {digest: self._find(digest) for digest in digests}
+        rows = {digest: self.find(digest) for digest in digests}
         new = list({digest: place for place, digest in enumerate(digests) if rows[digest] is None}.values())
         if new:
             for place, row in zip(new, encoded(views[new]), strict=True):
                 rows[digests[place]] = row.clone()
-                self._keep(digests[place], row.clone())
+                self.keep(digests[place], row.clone())
         return torch.stack([row for digest in digests if (row := rows[digest]) is not None])
 
     def in_parts(self, pictures: Tensor, most: int, work: Callable[[Tensor], Tensor], name: str) -> Tensor:
@@ -59,12 +59,12 @@ class PictureMemory:
         parts = self.limit.parts(list(range(len(pictures))), most, lambda places: work(pictures[places]), no_room)
         return torch.cat([made for _, made in parts])
 
-    def _find(self, digest: bytes) -> Tensor | None:
+    def find(self, digest: bytes) -> Tensor | None:
         if digest in self.rows:
             self.rows.move_to_end(digest)
         return self.rows.get(digest)
 
-    def _keep(self, digest: bytes, tokens: Tensor) -> None:
+    def keep(self, digest: bytes, tokens: Tensor) -> None:
         self.rows[digest] = tokens
         while len(self.rows) * tokens.nbytes > self.limit_bytes:
             self.rows.popitem(last=False)

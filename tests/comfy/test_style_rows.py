@@ -176,7 +176,7 @@ def test_rows_have_pictures_of_their_own_and_share_none(sd15: Studio, redux: dic
     assert positive.shape == (3, 8 + TOKENS, 16)
     for row in range(3):
         encoded = redux["clip_vision"].encode_image(before[row : row + 1])
-        tokens = redux["style_model"].get_cond(encoded)[0]
+        tokens = redux["style_model"].get_cond(encoded)[0].detach()
         assert difference(positive[row, 8:], tokens) <= 1e-5
         assert torch.equal(positive[row, :8], redux["positive"][0][0][0])
     shared = detail(sd15, redux, concepts=(Concept("*", image=before[:1]),))[1]

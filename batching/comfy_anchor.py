@@ -7,6 +7,7 @@ from typing import Any
 from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_adapter import IPAdapter
 from .comfy_recipe import Recipe
+from .comfy_style import Style
 from .concepts import Concept
 from .plan import RefinePlan
 from .rows import Row, resolve_rows
@@ -33,9 +34,14 @@ class Anchor:
 
 
 def rows_for(
-    plan: RefinePlan, recipe: Recipe, anchor: Anchor | None, concepts: Sequence[Concept] = ()
+    plan: RefinePlan,
+    recipe: Recipe,
+    anchor: Anchor | None,
+    concepts: Sequence[Concept] = (),
+    style: Style | None = None,
 ) -> tuple[Row, ...]:
-    """The rows of a plan with what recipe, anchor and concepts give each of them."""
-    if anchor is None:
+    """The rows of a plan with what recipe, anchor, concepts and style give each of them."""
+    guide = anchor or style  # which have the weights in common
+    if guide is None:
         return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts)
-    return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, anchor.weight, anchor.layer_weights)
+    return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, guide.weight, guide.layer_weights)

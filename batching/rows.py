@@ -85,12 +85,14 @@ class EncodedRow(Row):
         masked: for models that read it.
         view: [s,s,3], what the image encoder sees, for a row with an anchor.
         embed: one image embedding, made of the view before the row is sampled.
+        style: [T,D], tokens of the view that stand behind the row's text, made likewise.
     """
 
     latent: Tensor
     masked: MaskedPicture | None = None
     view: Tensor | None = None
     embed: RowEmbeds | None = None
+    style: Tensor | None = None
 
 
 def resolve_rows(

@@ -222,7 +222,7 @@ def _resting(runs: Sequence[AnchorRun], replacements: Mapping[Any, Attention], o
     return tuple(sorted((start, end) for start, end in ranges if not end <= sigma <= start))
 
 
-_NEGATIVE = ("negative", "empty_negative_prompt")
+NEGATIVE = ("negative", "empty_negative_prompt")
 """Names under which ComfyUI's guiders keep prompts that pictures must not anchor."""
 
 
@@ -231,6 +231,6 @@ def _roles(by_name: Mapping[str, Any], conds: Sequence[Any]) -> tuple[bool, ...]
 
     On its own, a list that is not the guider's is one that a node on the model brought along: an empty prompt.
     """
-    known = {id(entry): name not in _NEGATIVE for name, entry in by_name.items()}
+    known = {id(entry): name not in NEGATIVE for name, entry in by_name.items()}
     is_first_positive = len(conds) > 1 or "positive" not in by_name
     return tuple(known.get(id(entry), place == 0 and is_first_positive) for place, entry in enumerate(conds))

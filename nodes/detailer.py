@@ -6,7 +6,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider, Sampler
-from comfy.sd import VAE
+from comfy.sd import VAE, StyleModel
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from ..batching.row_start import RowStart
 from ..ip_adapter import LayerWeights
 from ..picture.detections import Detections
 from . import inputs
-from .anchors import choose_anchor
+from .anchors import choose_anchor, choose_style
 from .checks import (
     cache_notices,
     check_depth,
@@ -86,6 +86,7 @@ class LunaSemanticDetailer(io.ComfyNode):
                     tooltip="Prompt, anchor, denoise or LoRA by the label of a detection (Luna Concept).",
                 ),
                 *inputs.custom_sampling(),
+                inputs.style_model(),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The picture with refined regions."),
@@ -130,6 +131,7 @@ class LunaSemanticDetailer(io.ComfyNode):
         guider: CFGGuider | None = None,
         sampler: Sampler | None = None,
         sigmas: Tensor | None = None,
+        style_model: StyleModel | None = None,
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
@@ -141,10 +143,10 @@ class LunaSemanticDetailer(io.ComfyNode):
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
             return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))
-        anchor, warnings = choose_anchor(
-            recipe.model, ip_adapter, clip_vision, ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights
-        )
-        rows = rows_for(plan, recipe, anchor, concepts)
+        strength = (ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights)
+        style, of_style = choose_style(recipe.model, style_model, clip_vision, *strength)
+        anchor, warnings = choose_anchor(recipe.model, ip_adapter, clip_vision, *strength, style)
+        rows = rows_for(plan, recipe, anchor, concepts, style)
         resting = {row.region.row for row in rows if row.denoise == 0}
         if len(resting) == len(rows):
             return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
@@ -154,9 +156,9 @@ class LunaSemanticDetailer(io.ComfyNode):
         check_prompts(recipe.model, recipe.conditioning, concepts)
         start = RowStart(vae.spacial_compression_encode(), mask_latent, check_scaffold(noise_scaffold, vae, image))
         device = working_device(recipe.model, image)
-        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device)
-        warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=anchor is not None)
-        warnings += range_notices(image) + cache_notices(recipe.model)
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style)
+        warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=bool(anchor or style))
+        warnings += of_style + range_notices(image) + cache_notices(recipe.model)
         if resting:
             warnings.append(f"denoise is 0 for {len(resting)} of {len(rows)} regions: they stay as they are")
         refined = refine(image, plan, rows, engine, PasteSettings(blend, color_match), keep_crops=True)

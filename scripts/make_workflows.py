@@ -63,6 +63,7 @@ class Place:
 PLACES = {
     "LoadImage": Place(1, "Picture", (360, 400)),
     "CheckpointLoaderSimple": Place(1, "Models", (360, 100)),
+    "LoraLoaderModelOnly": Place(1, "Models", (360, 82)),
     "CLIPVisionLoader": Place(1, "Models", (360, 60)),
     "LunaIPAdapterLoader": Place(1, "Models", (360, 60)),
     "LunaSAM3Loader": Place(1, "Models", (360, 60)),
@@ -205,7 +206,7 @@ TRAINED = {
 }
 """Settings that suit those models."""
 
-CLOSE_UPS = {"sam3_face_detailer": "Regions"}
+CLOSE_UPS = {"sam3_face_detailer": "Regions", "fast_faces": "Models"}
 """Workflows whose models have no small stand-in: the picture shows this group of the graph instead of a run."""
 
 GRAPH_PICTURE = (3000, 1500)  # px

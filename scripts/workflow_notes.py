@@ -43,6 +43,10 @@ The last one is published as `model.safetensors`: rename it. For SD1.5 take `ip-
 the sizes to 512. Without an IP-Adapter, delete both loaders.
 """
 
+_LORA_ROW = "| `lcm_lora_sdxl.safetensors` | `loras` |\n"
+_FEW_STEP_MODELS = _MODELS.replace("| `ip-adapter-plus_sdxl", f"{_LORA_ROW}| `ip-adapter-plus_sdxl")
+"""With the LoRA below the checkpoint."""
+
 _PAINT = """\
 1. Load your picture in **Picture**.
 2. Right-click it, **Open in MaskEditor**, paint over every thing to refine, save. Things that do not touch are \
@@ -74,11 +78,11 @@ others of their size, and each is anchored by its own IP-Adapter embedding.
 
 {_PAINT}3. Say in **Prompts** what the regions have in common, then **Run**.
 
-| setting | here | elsewhere | work of the UNet |
+| setting | here | usual | work of the UNet |
 |---|---|---|---|
 | `steps`, with the LoRA | 8 | 20 | 2.5 times less |
 | `cfg` | 1 | 6 | 2 times less |
-| `crop_size` | 0: automatic | 1024 | 4.3 times less where 512 px do, 1.9 where 768 do |
+| `crop_size` | 0: automatic | 1024 | 4.3 times less at 512 px, 1.9 at 768 |
 
 At `cfg` 1 the negative prompt has no effect. With another LoRA (Turbo, Lightning, Hyper, DMD2) set `steps`, \
 `sampler_name` and `scheduler` to what its author names; without one, take the template `semantic_detailer`. To find \
@@ -86,9 +90,9 @@ faces by words, take **Regions** of `sam3_face_detailer`.
 
 Out of memory: set `chunk_size` to 4, the result stays the same.
 
-{_MODELS}
-The LoRA is `lcm_lora_sdxl.safetensors` in `loras`, published as `pytorch_lora_weights.safetensors` in \
-`latent-consistency/lcm-lora-sdxl`: rename it. For SD1.5 take the one in `latent-consistency/lcm-lora-sdv1-5`.
+{_FEW_STEP_MODELS}
+The LoRA is published as `pytorch_lora_weights.safetensors` in `latent-consistency/lcm-lora-sdxl`: rename it too. For \
+SD1.5 take the one in `latent-consistency/lcm-lora-sdv1-5`.
 """,
     "sam3_face_detailer": f"""\
 # SAM3 face detailer

@@ -165,7 +165,7 @@ def test_videos_are_refused_before_anything_is_sampled(sd15: Studio, qwen: Setti
 def test_models_that_take_a_batch_for_a_video_are_refused(sd15: Studio) -> None:
     image = photograph()
     with pytest.raises(LunaInputError, match="model takes a batch for the frames"):
-        sd15.detail(image, detections(image), model=tiny.svd())
+        sd15.detail(image, detections(image), model=tiny.svd(), ip_adapter=None)
     vae = comfy.sd.VAE(sd={"decoder.mid.block_1.mix_factor": torch.zeros(1)})
     with pytest.raises(LunaInputError, match="vae takes a batch for the frames"):
         sd15.detail(image, detections(image), vae=vae)

@@ -38,6 +38,9 @@ SMALL_TEXT: dict[str, Any] = {
 }
 
 _TEXT = "detector.backbone.language_backbone.encoder."
+_TABLES = ("embed.weight", "points.weight", "pos_embed", "embedding.weight")
+_RESIDUAL = ("out_proj", "linear2", "fc2", "bbox_embed.layers.2", "attn.proj")
+
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
@@ -82,18 +85,19 @@ def text_sizes(sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     published = dict(SAM3_CLIP_CONFIG)
     try:
-        yield {"_model_config": sizes}
+        yield {"sam3_clip_model_config": sizes}
     finally:
         SAM3_CLIP_CONFIG.update(published)
 
 
 def _drawn(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights large enough that queries, concepts and pictures differ; norms near the identity."""
+    """Weights that keep queries, concepts and pictures apart: norms near the identity, small additions to residuals."""
     noise = torch.randn(tensor.shape, generator=generator)
     if tensor.ndim < 2:
         return (1 if name.endswith("weight") else 0) + 0.1 * noise
-    fan_in = tensor[0].numel()
-    return noise * (1.0 if "embed" in name or name.endswith("points.weight") else 1.5 * fan_in**-0.5)
+    if name.endswith(_TABLES):
+        return noise
+    return noise * (0.4 if any(part in name for part in _RESIDUAL) else 1.4) * tensor[0].numel() ** -0.5
 
 
 def _published(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
@@ -107,9 +111,7 @@ def _published(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
         if place in _FUSED and is_fused:
             owner = base.rpartition(".")[0]
             if place == "q_proj":
-                fused[f"{owner}.in_proj_{kind}"] = torch.cat(
-                    [renamed[f"{owner}.{part}.{kind}"] for part in _FUSED]
-                )
+                fused[f"{owner}.in_proj_{kind}"] = torch.cat([renamed[f"{owner}.{part}.{kind}"] for part in _FUSED])
         else:
             fused[name] = tensor
     return fused
@@ -132,6 +134,10 @@ def _published_name(name: str, family: str) -> str:
             name = name.replace(theirs, published)
         return _TEXT + name
     if "sam_mask_decoder.transformer." in name:
-        for theirs, published in ((".mlp.0.", ".mlp.lin1."), (".mlp.2.", ".mlp.lin2."), (".norm_final.", ".norm_final_attn.")):
+        for theirs, published in (
+            (".mlp.0.", ".mlp.lin1."),
+            (".mlp.2.", ".mlp.lin2."),
+            (".norm_final.", ".norm_final_attn."),
+        ):
             name = name.replace(theirs, published)
     return name.replace("tracker.", "tracker.model.", 1) if family == "SAM31" and name.startswith("tracker.") else name

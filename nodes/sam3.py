@@ -107,7 +107,7 @@ class LunaSAM3Detect(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Instead of sam3: MODEL of a SAM3 or SAM3.1 checkpoint from Load Checkpoint, with its clip. "
+                    tooltip="Instead of sam3: MODEL of a SAM3 or SAM3.1 checkpoint, together with its clip. "
                     "Needs ComfyUI 0.20 or newer.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="CLIP of the SAM3 checkpoint that model comes from."),

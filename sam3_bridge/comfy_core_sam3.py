@@ -34,15 +34,17 @@ def check_core_sam3(model: ModelPatcher, clip: CLIP) -> None:
         )
     from comfy.text_encoders.sam3_clip import SAM3ClipModelWrapper
 
-    network = getattr(model, "model", None)
+    network = getattr(model, "model", model)
     if not isinstance(network, comfy.model_base.SAM3):
         raise LunaInputError(
-            f"model is {_kind(network)}, not SAM3: connect MODEL and CLIP of a Load Checkpoint with a SAM3 checkpoint"
+            f"model is {type(network).__name__}, not SAM3: connect MODEL and CLIP of a Load Checkpoint with "
+            "a SAM3 checkpoint"
         )
-    encoder = getattr(clip, "cond_stage_model", None)
+    encoder = getattr(clip, "cond_stage_model", clip)
     if not isinstance(encoder, SAM3ClipModelWrapper):
         raise LunaInputError(
-            f"clip is {_kind(encoder)}, not SAM3's: connect the CLIP of the SAM3 checkpoint that model comes from"
+            f"clip is {type(encoder).__name__}, not SAM3's: connect the CLIP of the SAM3 checkpoint that "
+            "model comes from"
         )
 
 
@@ -131,7 +133,3 @@ def _look(
         outputs = detector.forward_from_trunk(seen, text, words.to(device))
         progress.update(1)
         yield concept, (outputs["scores"][0], None, outputs["boxes"][0], outputs["masks"][0])
-
-
-def _kind(network: Any) -> str:
-    return type(network).__name__

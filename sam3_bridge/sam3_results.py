@@ -25,7 +25,7 @@ Outputs = tuple[Tensor, Tensor | None, Tensor, Tensor]
 """What SAM3 gives for one concept on one picture: logits, presence, boxes and masks, as ``read_outputs`` takes them."""
 
 MaskCut = Callable[[Tensor, BoxPx, Picture], tuple[BoxPx, Tensor] | None]
-"""From mask logits [h,w] over the whole picture and a box (px): the part in the box and what it spans; None if empty."""
+"""From mask logits [h,w] over the whole picture and a box (px) to what is kept: box and mask; None if it is empty."""
 
 
 def collect(
@@ -176,7 +176,7 @@ def _to_px(corners: Sequence[float], picture: Picture) -> BoxPx | None:
 
 
 def cut_finer(logits: Tensor, box: BoxPx, picture: Picture) -> tuple[BoxPx, Tensor] | None:
-    """The mask [h,w] of 0 and 1 over a box (px), on a grid ``FINER`` than that of its logits; None where it is empty."""
+    """The mask [h,w] of 0 and 1 over a box (px), on a grid ``FINER`` than its logits'; None where it is empty."""
     height, width = logits.shape
     finer_x = max(1, min(FINER, math.ceil(picture.width / width)))
     finer_y = max(1, min(FINER, math.ceil(picture.height / height)))

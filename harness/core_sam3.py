@@ -94,10 +94,10 @@ def _drawn(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Weights that keep queries, concepts and pictures apart: norms near the identity, small additions to residuals."""
     noise = torch.randn(tensor.shape, generator=generator)
     if tensor.ndim < 2:
-        return (1 if name.endswith("weight") else 0) + 0.1 * noise
+        return (1 if name.endswith("weight") else 0) + 0.05 * noise
     if name.endswith(_TABLES):
         return noise
-    return noise * (0.4 if any(part in name for part in _RESIDUAL) else 1.4) * tensor[0].numel() ** -0.5
+    return noise * (0.15 if any(part in name for part in _RESIDUAL) else 1.4) * tensor[0].numel() ** -0.5
 
 
 def _published(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:

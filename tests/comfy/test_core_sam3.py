@@ -18,6 +18,7 @@ from luna_refinement.picture.detections import Detection, Detections
 from luna_refinement.picture.masks import single_masks
 from luna_refinement.sam3_bridge.comfy_core_sam3 import detect_core
 from luna_refinement.sam3_bridge.concepts import Concept, parse_concepts
+from luna_refinement.sam3_bridge.sam3_results import arrange
 
 from harness.core_sam3 import QUERIES, small_core_sam3
 from harness.refining import Studio
@@ -148,15 +149,14 @@ def test_a_limit_keeps_the_best_and_its_number_is_no_word(sam3_core: Core) -> No
 
 @needs_core
 def test_what_is_left_out_is_cut_from_the_others(sam3_core: Core) -> None:
-    everything = found(sam3_core, "face", pictures())
-    gloves = found(sam3_core, "glove", pictures())
-    left = found(sam3_core, "face, -glove", pictures())
-    assert {item.label for item in left} <= {"face"}
-    area = lambda given: float(single_masks(given).amax(0).sum()) if len(given) else 0.0  # noqa: E731
-    assert area(left) < area(everything)
-    if len(left):
-        covered = single_masks(gloves).amax(0)
-        assert float((single_masks(left).amax(0) * covered).sum()) < 0.02 * float(covered.sum())
+    faces, gloves = (found(sam3_core, word, pictures(), threshold=0.6) for word in ("face", "glove"))
+    left = found(sam3_core, "face, -glove", pictures(), threshold=0.6)
+    wanted = arrange([(Concept("face"), faces.items), (Concept("glove", excluded=True), gloves.items)], 1.0, 0)
+    assert [(item.label, item.box, item.score) for item in left] == [
+        (item.label, item.box, item.score) for item in wanted
+    ]
+    assert torch.equal(single_masks(left), single_masks(faces.with_items(wanted)))
+    assert float(single_masks(left).sum()) < float(single_masks(faces).sum())
 
 
 @needs_core

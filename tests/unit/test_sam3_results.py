@@ -63,7 +63,9 @@ def test_masks_px_for_px_lie_over_whole_px() -> None:
     assert box == (57, 100, 159, 231)
     assert torch.equal(mask, (logits[100:231, 57:159] > 0).float())
     assert cut_px(logits, (0.0, 0.0, 20.0, 20.0), picture) is None
-    items, empty = read_outputs(FACE, *outputs((0.9, (0.2, 0.35, 0.55, 0.8))), Picture(1000, 500, 1), 0, 0.5, cut_px)
+    items, empty = read_outputs(
+        FACE, *outputs((0.9, (0.2005, 0.351, 0.5505, 0.799))), Picture(1000, 500, 1), 0, 0.5, cut_px
+    )
     assert empty == 0
     assert items[0].box == (200, 175, 551, 400)
     assert items[0].mask is not None

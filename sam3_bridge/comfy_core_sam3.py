@@ -98,7 +98,6 @@ def _encode(clip: CLIP, concepts: Sequence[Concept]) -> list[Text]:
     """Each concept on its own: commas and limits, which the tokenizer would read, are gone from its words."""
     texts = []
     for concept in concepts:
-        comfy.model_management.throw_exception_if_processing_interrupted()
         tokens = clip.tokenize(concept.text)
         if any(len(parts) > 1 for parts in tokens.values()):
             longest = max(len(part) for parts in tokens.values() for part in parts)
@@ -119,7 +118,6 @@ def _look(
 
     ComfyUI's node reads no presence logit either, so one threshold means the same in both.
     """
-    comfy.model_management.throw_exception_if_processing_interrupted()
     device, dtype = model.load_device, model.model.get_dtype_inference()
     detector = model.model.diffusion_model.detector
     trunk, resizer = detector.backbone["vision_backbone"].trunk, detector.backbone["language_backbone"]["resizer"]
@@ -128,6 +126,7 @@ def _look(
     seen = trunk(square.to(device=device, dtype=dtype))
     progress.update(1)
     for concept, (embedding, words) in zip(concepts, texts, strict=True):
+        # ComfyUI's layers look for a cancel themselves, but compiled ones do not
         comfy.model_management.throw_exception_if_processing_interrupted()
         text = resizer(embedding.to(device=device, dtype=dtype))
         outputs = detector.forward_from_trunk(seen, text, words.to(device))

@@ -114,7 +114,7 @@ def test_one_concept_is_found_as_by_the_hosts_own_node(core: Core) -> None:
     assert {item.label for item in ours} == {"face"}
     assert len({item.box for item in ours}) > 3
     drawn = single_masks(ours)
-    assert 0.02 < float(drawn.mean()) < 0.98
+    assert 0.001 < float(drawn.mean()) < 0.98
     for item, mask in zip(ours, drawn, strict=True):
         x1, y1, x2, y2 = map(int, item.box)
         assert torch.equal(mask[y1:y2, x1:x2], item.mask)

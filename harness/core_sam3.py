@@ -58,7 +58,8 @@ def small_core_sam3(family: str = "SAM3", seed: int = 0) -> tuple[ModelPatcher, 
     patcher = ModelPatcher(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
     with text_sizes(SMALL_TEXT) as options:
         target, state = config.clip_target(weights), config.process_clip_state_dict(weights)
-        clip = comfy.sd.CLIP(target, tokenizer_data=state, state_dict=state, model_options=options)
+        build: Any = comfy.sd.CLIP  # older releases, which have no SAM3, take no state_dict
+        clip = build(target, tokenizer_data=state, state_dict=state, model_options=options)
     return patcher, clip
 
 

@@ -67,7 +67,11 @@ class LunaSAM3Detect(io.ComfyNode):
             search_aliases=["segment anything", "text to mask", "grounding", "find faces", "sam 3"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture or batch of pictures; each is looked at once."),
-                LunaSAM3.Input("sam3", tooltip="From the SAM3 Loader."),
+                LunaSAM3.Input(
+                    "sam3",
+                    optional=True,
+                    tooltip="From the SAM3 Loader (Luna). Leave it empty where model and clip are connected.",
+                ),
                 io.String.Input(
                     "concepts",
                     default="face, hand",
@@ -100,6 +104,13 @@ class LunaSAM3Detect(io.ComfyNode):
                     tooltip="Of two masks that cover the same place by more than this share, also of different "
                     "concepts, the lower score goes. 1: keep both.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Instead of sam3: MODEL of a SAM3 or SAM3.1 checkpoint, together with its clip. "
+                    "Needs ComfyUI 0.20 or newer.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="CLIP of the SAM3 checkpoint that model comes from."),
             ],
             outputs=[
                 detections_output(),
@@ -110,19 +121,41 @@ class LunaSAM3Detect(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image: Tensor, sam3: Any, concepts: str, threshold: float, max_detections: int, nms_iou: float = 0.7
+        cls,
+        image: Tensor,
+        sam3: Any = None,
+        concepts: str = "",
+        threshold: float = 0.5,
+        max_detections: int = 0,
+        nms_iou: float = 0.7,
+        model: Any = None,
+        clip: Any = None,
     ) -> io.NodeOutput:
+        from ..sam3_bridge.comfy_core_sam3 import detect_core
         from ..sam3_bridge.comfy_sam3 import detect
 
+        _check_source(sam3, model, clip)
         check_image(image)
-        wanted = parse_concepts(concepts)
-        detections, notices = detect(sam3, image, wanted, threshold, max_detections, nms_iou)
+        settings = (image, parse_concepts(concepts), threshold, max_detections, nms_iou)
+        detections, notices = detect(sam3, *settings) if model is None else detect_core(model, clip, *settings)
         return io.NodeOutput(
             detections,
             union_masks(detections),
             draw_detections(image, detections),
             ui=notice(*notices) if notices else None,
         )
+
+
+def _check_source(sam3: Any, model: Any, clip: Any) -> None:
+    """Raises LunaInputError unless there is one SAM3: ``sam3``, or ``model`` together with ``clip``."""
+    choice = "connect either a SAM3 Loader (Luna) to sam3, or MODEL and CLIP of a SAM3 checkpoint to model and clip"
+    if sam3 is not None and not (model is None and clip is None):
+        raise LunaInputError(f"sam3 is connected and so is {'clip' if model is None else 'model'}: {choice}")
+    if sam3 is None and model is None and clip is None:
+        raise LunaInputError(f"neither sam3 nor model and clip are connected: {choice}")
+    if sam3 is None and (model is None or clip is None):
+        given, missing = ("clip", "model") if model is None else ("model", "clip")
+        raise LunaInputError(f"{given} is connected without {missing}: {choice}")
 
 
 NODES = (LunaSAM3Loader, LunaSAM3Detect)

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import LunaInputError
-from ..picture.detections import Detection, Detections
+from ..picture.detections import Detections
 from .concepts import Concept
 from .from_masks import Picture
 from .sam3_files import CONFIG, HOW_TO_GET, NEEDED_TRANSFORMERS, check_folder
-from .sam3_results import arrange, read_outputs
+from .sam3_results import Outputs, collect
 
 CONCEPTS_PER_CALL = 8
 """Concepts that share one call: each takes about 0.4 GB at SAM3's 288 x 288 masks."""
@@ -137,27 +137,20 @@ def detect(
         [sam3.patcher], memory_required=BYTES_PER_PICTURE + at_once * BYTES_PER_CONCEPT
     )
     progress = comfy.utils.ProgressBar(count * (1 + len(calls)))
-    items: list[Detection] = []
-    dropped = 0
-    for index in range(count):
-        found: list[tuple[Concept, list[Detection]]] = []
-        for concept, outputs in _look(sam3, image[index], concepts, tokens, progress):
-            kept, empty = read_outputs(concept, *outputs, picture, index, threshold)
-            found.append((concept, kept))
-            dropped += empty
-        items += arrange(found, nms_iou, max_detections)
-    notices = []
-    if dropped:
-        notices.append(f"{dropped} detection(s) had an empty mask or box and were left out")
-    if not items:
-        notices.append(f"nothing of {_names(concepts)} was found above a score of {threshold:g}")
-    return Detections(tuple(items), width, height, count), tuple(notices)
+    return collect(
+        lambda index: _look(sam3, image[index], concepts, tokens, progress),
+        concepts,
+        picture,
+        threshold,
+        max_detections,
+        nms_iou,
+    )
 
 
 @torch.inference_mode()
 def _look(
     sam3: Sam3, picture: Tensor, concepts: Sequence[Concept], tokens: dict[str, Tensor], progress: Any
-) -> Iterator[tuple[Concept, tuple[Tensor, Tensor | None, Tensor, Tensor]]]:
+) -> Iterator[tuple[Concept, Outputs]]:
     """Yields each concept with its logits [Q], presence [1], boxes [Q,4] and mask logits [Q,h,w] on one picture."""
     device = sam3.patcher.load_device
     comfy.model_management.throw_exception_if_processing_interrupted()
@@ -195,10 +188,6 @@ def _tokenize(sam3: Sam3, concepts: Sequence[Concept]) -> dict[str, Tensor]:
             )
     encoded = sam3.processor.tokenizer(texts, padding="max_length", max_length=longest, return_tensors="pt")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-
-
-def _names(concepts: Sequence[Concept]) -> str:
-    return ", ".join(concept.text for concept in concepts if not concept.excluded)
 
 
 def _managed(model: Any) -> ModelPatcher:

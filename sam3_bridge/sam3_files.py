@@ -14,7 +14,8 @@ HOW_TO_GET = (
     "SAM3's weights are a gated download: 1. make a Hugging Face account, open the page of the model facebook/sam3 and "
     "accept its licence; 2. create a read token and run `hf auth login`; 3. run "
     "`hf download facebook/sam3 --local-dir models/sam3/sam3` in the ComfyUI folder; 4. press R. The folder "
-    f"models/sam3/sam3 then holds {CONFIG}, {WEIGHTS}, processor_config.json and tokenizer.json"
+    f"models/sam3/sam3 then holds {CONFIG}, {WEIGHTS}, processor_config.json and tokenizer.json. "
+    "ComfyUI 0.20 and newer need none of it: connect MODEL and CLIP of a SAM3 checkpoint to SAM3 Detect (Luna)"
 )
 
 

@@ -1,14 +1,15 @@
 """From SAM3's raw outputs to detections: scores, boxes and masks in their place, exclusions, overlaps and limits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..picture.boxes import BoxPx, picture_box, rescaled
-from ..picture.detections import Detection
+from ..picture.boxes import BoxPx, outward_px, picture_box, rescaled
+from ..picture.detections import Detection, Detections
 from ..picture.masks import rasterise
 from .concepts import Concept
 from .from_masks import Picture, crop_mask, to_picture_px, visible_box
@@ -20,6 +21,51 @@ FINER = 4
 LEAST_LEFT = 0.1
 """A detection that keeps less than this of its mask is the excluded thing itself."""
 
+Outputs = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""What SAM3 gives for one concept on one picture: logits, presence, boxes and masks, as ``read_outputs`` takes them."""
+
+MaskCut = Callable[[Tensor, BoxPx, Picture], tuple[BoxPx, Tensor] | None]
+"""From mask logits [h,w] over the whole picture and a box (px) to what is kept: box and mask; None if it is empty."""
+
+
+def collect(
+    look: Callable[[int], Iterable[tuple[Concept, Outputs]]],
+    concepts: Sequence[Concept],
+    picture: Picture,
+    threshold: float,
+    max_detections: int,
+    nms_iou: float,
+    cut: MaskCut | None = None,
+) -> tuple[Detections, tuple[str, ...]]:
+    """What is found of all concepts on every picture of a batch.
+
+    Args:
+        look: gives, for the number of a picture, the outputs of every concept in order.
+        concepts: what is looked for and left out.
+        picture: the picture batch.
+        threshold, cut: see ``read_outputs``.
+        max_detections, nms_iou: see ``arrange``.
+
+    Returns:
+        The detections, picture by picture in the order of the concepts, and notices.
+    """
+    items: list[Detection] = []
+    dropped = 0
+    for index in range(picture.image_count):
+        found: list[tuple[Concept, list[Detection]]] = []
+        for concept, outputs in look(index):
+            kept, empty = read_outputs(concept, *outputs, picture, index, threshold, cut)
+            found.append((concept, kept))
+            dropped += empty
+        items += arrange(found, nms_iou, max_detections)
+    notices = []
+    if dropped:
+        notices.append(f"{dropped} detection(s) had an empty mask or box and were left out")
+    if not items:
+        names = ", ".join(concept.text for concept in concepts if not concept.excluded)
+        notices.append(f"nothing of {names} was found above a score of {threshold:g}")
+    return Detections(tuple(items), picture.width, picture.height, picture.image_count), tuple(notices)
+
 
 def read_outputs(
     concept: Concept,
@@ -30,6 +76,7 @@ def read_outputs(
     picture: Picture,
     image_index: int,
     threshold: float,
+    cut: MaskCut | None = None,
 ) -> tuple[list[Detection], int]:
     """The detections of one concept on one picture, the best first.
 
@@ -45,6 +92,7 @@ def read_outputs(
         picture: its size, px.
         image_index: which picture of the batch.
         threshold: scores at or below it are dropped.
+        cut: how a mask is cut to its box; ``cut_finer`` by default.
 
     Returns:
         The detections, and how many were dropped because their mask or box was empty.
@@ -58,11 +106,11 @@ def read_outputs(
     items, empty = [], 0
     for score, corners, mask in zip(scores.tolist(), boxes.tolist(), masks, strict=True):
         box = _to_px(corners, picture)
-        cut = None if box is None else _mask_in_box(mask, box, picture)
-        if box is None or cut is None:
+        part = None if box is None else (cut or cut_finer)(mask, box, picture)
+        if part is None:
             empty += 1
         else:
-            items.append(Detection(image_index, box, cut, score, concept.text))
+            items.append(Detection(image_index, *part, score, concept.text))
     return items, empty
 
 
@@ -127,8 +175,8 @@ def _to_px(corners: Sequence[float], picture: Picture) -> BoxPx | None:
     return x1 * picture.width, y1 * picture.height, x2 * picture.width, y2 * picture.height
 
 
-def _mask_in_box(logits: Tensor, box: BoxPx, picture: Picture) -> Tensor | None:
-    """The mask [h,w] of 0 and 1 over a box (px), from logits [h,w] over the whole picture; None where it is empty."""
+def cut_finer(logits: Tensor, box: BoxPx, picture: Picture) -> tuple[BoxPx, Tensor] | None:
+    """The mask [h,w] of 0 and 1 over a box (px), on a grid ``FINER`` than its logits'; None where it is empty."""
     height, width = logits.shape
     finer_x = max(1, min(FINER, math.ceil(picture.width / width)))
     finer_y = max(1, min(FINER, math.ceil(picture.height / height)))
@@ -137,7 +185,19 @@ def _mask_in_box(logits: Tensor, box: BoxPx, picture: Picture) -> Tensor | None:
     whole = _within((0.0, 0.0, float(picture.width), float(picture.height)), box, columns, rows)
     likely = rasterise(whole, logits.sigmoid(), picture_box(columns, rows))
     mask = (likely > 0.5).float()
-    return mask if bool(mask.any()) else None
+    return (box, mask) if bool(mask.any()) else None
+
+
+def cut_px(logits: Tensor, box: BoxPx, picture: Picture) -> tuple[BoxPx, Tensor] | None:
+    """The mask over the whole px a box touches, px for px as ComfyUI's own SAM3 draws it; None where it is empty.
+
+    ComfyUI enlarges the logits [h,w] to the picture, bilinearly, and takes those above 0.
+    """
+    x1, y1, x2, y2 = outward_px(box, picture.width, picture.height)
+    size = (picture.height, picture.width)
+    drawn = functional.interpolate(logits[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    mask = (drawn[y1:y2, x1:x2] > 0).float()
+    return ((float(x1), float(y1), float(x2), float(y2)), mask) if bool(mask.any()) else None
 
 
 def _within(box: BoxPx, frame: BoxPx, width: int, height: int) -> BoxPx:

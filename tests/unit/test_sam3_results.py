@@ -10,7 +10,7 @@ from luna_refinement.picture.detections import Detection
 from luna_refinement.picture.masks import rasterise
 from luna_refinement.sam3_bridge.concepts import Concept, parse_concepts
 from luna_refinement.sam3_bridge.from_masks import Picture
-from luna_refinement.sam3_bridge.sam3_results import FINER, arrange, read_outputs, without
+from luna_refinement.sam3_bridge.sam3_results import FINER, arrange, cut_px, read_outputs, without
 from torch import Tensor
 
 FACE, HAND = Concept("face"), Concept("hand")
@@ -53,6 +53,24 @@ def test_known_geometry_lands_on_the_picture(size: tuple[int, int]) -> None:
     rows, columns = wanted.any(dim=1).nonzero(), drawn.any(dim=0).nonzero()
     assert abs(int(columns[0]) - 0.2 * width) <= 2 * max(1.0, texel)
     assert abs(int(drawn.any(dim=1).nonzero()[-1]) - int(rows[-1])) <= 2 * max(1.0, texel)
+
+
+def test_masks_px_for_px_lie_over_whole_px() -> None:
+    """Where the logits' grid is the picture's they are read as they are, and the box is drawn out to whole px."""
+    picture = Picture(GRID, GRID, 1)
+    logits = ellipse_logits((0.2, 0.35, 0.55, 0.8))
+    box, mask = cut_px(logits, (57.6, 100.8, 158.4, 230.4), picture) or ((), torch.empty(0))
+    assert box == (57, 100, 159, 231)
+    assert torch.equal(mask, (logits[100:231, 57:159] > 0).float())
+    assert cut_px(logits, (0.0, 0.0, 20.0, 20.0), picture) is None
+    items, empty = read_outputs(
+        FACE, *outputs((0.9, (0.2005, 0.351, 0.5505, 0.799))), Picture(1000, 500, 1), 0, 0.5, cut_px
+    )
+    assert empty == 0
+    assert items[0].box == (200, 175, 551, 400)
+    assert items[0].mask is not None
+    assert items[0].mask.shape == (225, 351)
+    assert float(items[0].mask.mean()) == pytest.approx(math.pi / 4, abs=0.01)
 
 
 def test_masks_of_the_post_processing_of_transformers_agree() -> None:

@@ -1,6 +1,6 @@
 """How rows are anchored, and the rows of a plan with all that ComfyUI's objects give them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,13 @@ class Anchor:
 
 
 def rows_for(
-    plan: RefinePlan, recipe: Recipe, anchor: Anchor | None, concepts: Sequence[Concept] = ()
+    plan: RefinePlan,
+    recipe: Recipe,
+    anchor: Anchor | None,
+    concepts: Sequence[Concept] = (),
+    references: bool = False,
+    words: Mapping[str, str] | None = None,
 ) -> tuple[Row, ...]:
-    """The rows of a plan with what recipe, anchor and concepts give each of them."""
-    if anchor is None:
-        return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts)
-    return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, anchor.weight, anchor.layer_weights)
+    """The rows of a plan with what recipe, anchor, concepts and references give each of them; see ``resolve_rows``."""
+    weight, layers = (None, LayerWeights()) if anchor is None else (anchor.weight, anchor.layer_weights)
+    return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, weight, layers, references, words)

@@ -18,15 +18,17 @@ from ..ip_adapter.comfy_patch import patch_model
 from .comfy_anchor import Anchor
 from .comfy_chunks import MAIN_MEMORY, rows_that_fit
 from .comfy_masked import add_masked, encode_masked, reads_masked_picture
+from .comfy_picture_text import shown_pictures, with_picture_text
 from .comfy_progress import SamplingProgress
 from .comfy_recipe import Recipe, with_denoise
+from .comfy_reference import add_references, encode_references
 from .comfy_row_loras import RowLoras
 from .comfy_sampling import prepared_noise, sample_rows
 from .conditioning import RowConditioning
-from .crops import resample
+from .crops import filling
 from .plan import RefinePlan, even_chunk
 from .row_start import RowStart
-from .rows import EncodedRow, MaskedPicture, Row
+from .rows import Conditioning, EncodedRow, MaskedPicture, Row
 
 
 class ComfyEngine:
@@ -41,6 +43,7 @@ class ComfyEngine:
         anchor: how rows are anchored, or None for text only.
         chunk_size: rows per sampling call; 0 = as many as fit.
         device: where pictures are cut, decoded and pasted.
+        clip: encodes the words of rows whose references have any.
 
     Raises:
         LunaInputError: a row's conditioning cannot be cut to it, or its denoise contradicts the recipe.
@@ -58,6 +61,7 @@ class ComfyEngine:
         anchor: Anchor | None = None,
         chunk_size: int = 0,
         device: torch.device = MAIN_MEMORY,
+        clip: Any = None,
     ):
         self.device = device
         self._recipe = recipe
@@ -65,6 +69,7 @@ class ComfyEngine:
         self._decoder.output_device = device  # what is decoded stays where it is pasted
         self._start = start
         self._anchor = anchor
+        self._clip = clip
         self._chunk_size = chunk_size
         at_work = [rows[number] for turn in plan.passes for number in turn]
         self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, start.cell)
@@ -89,16 +94,18 @@ class ComfyEngine:
 
     def encode(self, rows: Sequence[Row], crops: Tensor, views: Sequence[Tensor | None]) -> list[EncodedRow]:
         masked: Sequence[MaskedPicture | None] = [None] * len(rows)
+        size = (crops.shape[1], crops.shape[2])
         if self._reads_masked:
-            size = (crops.shape[1], crops.shape[2])
             masks = torch.stack([self._start.may_change(row.region, size) for row in rows])
             masked = encode_masked(self._vae, crops, masks)
         latents = self._vae.encode(crops)
-        return [row.encoded(*read) for row, *read in zip(rows, latents, masked, views, strict=True)]
+        references, shown = encode_references(self._vae, rows, latents, size), shown_pictures(rows, crops)
+        return [row.encoded(*read) for row, *read in zip(rows, latents, masked, views, references, shown, strict=True)]
 
     def anchor(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+        rows = [with_picture_text(self._clip, self._recipe.model, row) for row in rows]
         if self._anchor is None:
-            return list(rows)
+            return rows
         seen = torch.stack([row.view for row in rows if row.view is not None])
         embeds = encode_rows(self._anchor.adapter, self._anchor.clip_vision, seen)
         return [replace(row, embed=embeds.take([place])) for place, row in enumerate(rows)]
@@ -119,7 +126,7 @@ class ComfyEngine:
     def _call_of(self, row: EncodedRow) -> Hashable:
         """What rows that share a sampling call have in common."""
         stack = row.loras if self._loras.needs_own_call(row.loras) else None
-        return row.denoise, stack, self._conditioning.structure(row, _size(row))
+        return row.denoise, stack, row.reference is None, self._conditioning.structure(row, _size(row))
 
     def _sample_call(self, rows: list[EncodedRow]) -> list[Tensor]:
         """Samples the rows of a call, in chunks where they do not fit."""
@@ -144,23 +151,27 @@ class ComfyEngine:
         shape = rows[0].latent.shape
         most = self._chunk_size
         if not most:
-            most = rows_that_fit(recipe.model, shape, self._conditioning.for_rows(rows[:1], _size(rows[0])))
+            most = rows_that_fit(recipe.model, shape, self._conditioning_of(rows[:1]))
         return even_chunk(len(rows), self._limit.at_most(most, math.prod(shape)))
 
     def _sample_chunk(self, rows: list[EncodedRow], recipe: Recipe) -> Tensor:
         latents = torch.stack([row.latent for row in rows])
-        conditioning = self._conditioning.for_rows(rows, _size(rows[0]))
-        add_masked(conditioning, rows, self._reads_masked)
         return sample_rows(
             recipe,
             self._anchored(self._with_loras(recipe.model, rows), rows),
-            conditioning,
+            self._conditioning_of(rows),
             latents,
             prepared_noise(self._start.noise(rows, latents.shape[1:])),
             [row.seed for row in rows],
             denoise_mask=self._start.mask(rows, _size(rows[0])),
             callback=self._progress.callback(len(rows)),
         )
+
+    def _conditioning_of(self, rows: Sequence[EncodedRow]) -> Conditioning:
+        conditioning = self._conditioning.for_rows(rows, _size(rows[0]))
+        add_masked(conditioning, rows, self._reads_masked)
+        add_references(conditioning, rows)
+        return conditioning
 
     def _with_loras(self, model: Any, rows: Sequence[EncodedRow]) -> Any:
         if self._loras.needs_own_call(rows[0].loras):
@@ -188,13 +199,10 @@ def _size(row: EncodedRow) -> tuple[int, int]:
 
 
 def _anchor_picture(row: Row, crop: Tensor) -> Tensor:
-    """The crop, or the row's own picture, centre-cropped to the crop's shape."""
+    """The crop, or the row's own picture, centre-cropped to the crop's aspect."""
     if row.anchor is None or row.anchor.picture is None:
         return crop
-    picture = row.anchor.picture.to(crop)
-    side = min(picture.shape[:2])
-    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
-    return resample(picture[top : top + side, left : left + side], crop.shape[0], crop.shape[1])
+    return filling(row.anchor.picture.to(crop), crop.shape[0], crop.shape[1])
 
 
 def _no_room(row: Row) -> LunaRuntimeError:

@@ -7,6 +7,7 @@ from typing import Any
 from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_adapter import IPAdapter
 from .comfy_recipe import Recipe
+from .comfy_style import Style
 from .concepts import Concept
 from .plan import RefinePlan
 from .rows import Row, resolve_rows
@@ -37,9 +38,14 @@ def rows_for(
     recipe: Recipe,
     anchor: Anchor | None,
     concepts: Sequence[Concept] = (),
+    style: Style | None = None,
     references: bool = False,
     words: Mapping[str, str] | None = None,
 ) -> tuple[Row, ...]:
-    """The rows of a plan with what recipe, anchor, concepts and references give each of them; see ``resolve_rows``."""
-    weight, layers = (None, LayerWeights()) if anchor is None else (anchor.weight, anchor.layer_weights)
+    """The rows of a plan with what recipe, anchor, concepts, style and references give each of them.
+
+    References and their words are those of ``resolve_rows``.
+    """
+    guide = anchor or style  # which have the weights in common
+    weight, layers = (None, LayerWeights()) if guide is None else (guide.weight, guide.layer_weights)
     return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, weight, layers, references, words)

@@ -25,7 +25,9 @@ DEVICE_SHARE = 1 / 16
 MAIN_MEMORY = torch.device("cpu")
 
 
-def rows_that_fit(model: Any, latent_shape: Sequence[int], conditioning: Conditioning | None = None) -> int:
+def rows_that_fit(
+    model: Any, latent_shape: Sequence[int], conditioning: Conditioning | None = None, more_per_row: int = 0
+) -> int:
     """How many rows one sampling call can hold; from 1 to ``MOST_ROWS``.
 
     The measure is the one ComfyUI's sampler uses before each model call: the estimate for the rows (it can run cond
@@ -35,6 +37,7 @@ def rows_that_fit(model: Any, latent_shape: Sequence[int], conditioning: Conditi
         model: ModelPatcher.
         latent_shape: shape of one latent, without the batch.
         conditioning: of one row, whose ControlNets and reference latents take room too.
+        more_per_row: bytes of what ComfyUI does not count.
     """
     conditioning = conditioning or {}
     device = model.load_device
@@ -49,7 +52,8 @@ def rows_that_fit(model: Any, latent_shape: Sequence[int], conditioning: Conditi
             if loaded.device == device and loaded.model is not None and not loaded.model.is_clone(model)
         )
         to_load = sum(max(0, part.model_size() - part.loaded_size()) for part in {model, *others})
-    return rows_in(int(room), to_load, int(beside), row_bytes(model, latent_shape, conditioning))
+    per_row = row_bytes(model, latent_shape, conditioning) + more_per_row
+    return rows_in(int(room), to_load, int(beside), per_row)
 
 
 def rows_in(room: int, to_load: int, beside: int, per_row: int) -> int:

@@ -17,6 +17,7 @@ from ..ip_adapter.comfy_encode import views as views_of
 from ..ip_adapter.comfy_patch import patch_model
 from .comfy_anchor import Anchor
 from .comfy_chunks import MAIN_MEMORY, rows_that_fit
+from .comfy_latents import decode_pictures, encode_hints_apart, encode_pictures, has_frames, with_frames
 from .comfy_masked import add_masked, encode_masked, reads_masked_picture
 from .comfy_picture_text import shown_pictures, with_picture_text
 from .comfy_progress import SamplingProgress
@@ -24,6 +25,7 @@ from .comfy_recipe import Recipe, with_denoise
 from .comfy_reference import add_references, encode_references
 from .comfy_row_loras import RowLoras
 from .comfy_sampling import prepared_noise, sample_rows
+from .comfy_style import Style, StyleTokens
 from .conditioning import RowConditioning
 from .crops import filling
 from .plan import RefinePlan, even_chunk
@@ -43,10 +45,12 @@ class ComfyEngine:
         anchor: how rows are anchored, or None for text only.
         chunk_size: rows per sampling call; 0 = as many as fit.
         device: where pictures are cut, decoded and pasted.
+        style: how rows' pictures guide them through their text, or None.
         clip: encodes the words of rows whose references have any.
 
     Raises:
-        LunaInputError: a row's conditioning cannot be cut to it, or its denoise contradicts the recipe.
+        LunaInputError: a row's conditioning cannot be cut to it, its denoise contradicts the recipe, or its weight the
+            style.
     """
 
     px_per_batch = 4 * 1024**2
@@ -61,6 +65,7 @@ class ComfyEngine:
         anchor: Anchor | None = None,
         chunk_size: int = 0,
         device: torch.device = MAIN_MEMORY,
+        style: Style | None = None,
         clip: Any = None,
     ):
         self.device = device
@@ -72,10 +77,12 @@ class ComfyEngine:
         self._clip = clip
         self._chunk_size = chunk_size
         at_work = [rows[number] for turn in plan.passes for number in turn]
-        self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, start.cell)
+        self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, start.cell, has_frames(vae))
         for conditioning in {id(row.conditioning): row.conditioning for row in at_work}.values():
             self._conditioning.check(conditioning)
         self._recipes = {denoise: with_denoise(recipe, denoise) for denoise in {row.denoise for row in at_work}}
+        self._style = StyleTokens(style, recipe.model, at_work) if style else None
+        self._clip_vision = next((guide.clip_vision for guide in (anchor, style) if guide), None)
         self._loras = RowLoras(recipe.model, {row.loras for row in at_work})
         self._reads_masked = reads_masked_picture(recipe.model)
         self._progress = SamplingProgress(recipe.model, len(at_work), recipe.steps)
@@ -87,10 +94,10 @@ class ComfyEngine:
         return [*self._loras.notices, *self._conditioning.notices]
 
     def view(self, rows: Sequence[Row], crops: Tensor) -> list[Tensor | None]:
-        if self._anchor is None:
+        if self._clip_vision is None:
             return [None] * len(rows)
         pictures = [_anchor_picture(row, crop) for row, crop in zip(rows, crops, strict=True)]
-        return list(views_of(self._anchor.clip_vision, torch.stack(pictures)))
+        return list(views_of(self._clip_vision, torch.stack(pictures)))
 
     def encode(self, rows: Sequence[Row], crops: Tensor, views: Sequence[Tensor | None]) -> list[EncodedRow]:
         masked: Sequence[MaskedPicture | None] = [None] * len(rows)
@@ -98,17 +105,17 @@ class ComfyEngine:
         if self._reads_masked:
             masks = torch.stack([self._start.may_change(row.region, size) for row in rows])
             masked = encode_masked(self._vae, crops, masks)
-        latents = self._vae.encode(crops)
+        latents = encode_pictures(self._vae, crops)
         references, shown = encode_references(self._vae, rows, latents, size), shown_pictures(rows, crops)
         return [row.encoded(*read) for row, *read in zip(rows, latents, masked, views, references, shown, strict=True)]
 
     def anchor(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
-        rows = [with_picture_text(self._clip, self._recipe.model, row) for row in rows]
-        if self._anchor is None:
-            return rows
-        seen = torch.stack([row.view for row in rows if row.view is not None])
-        embeds = encode_rows(self._anchor.adapter, self._anchor.clip_vision, seen)
-        return [replace(row, embed=embeds.take([place])) for place, row in enumerate(rows)]
+        anchored = [with_picture_text(self._clip, self._recipe.model, row) for row in rows]
+        if self._anchor is not None:
+            seen = torch.stack([row.view for row in anchored if row.view is not None])
+            embeds = encode_rows(self._anchor.adapter, self._anchor.clip_vision, seen)
+            anchored = [replace(row, embed=embeds.take([place])) for place, row in enumerate(anchored)]
+        return self._style.encode(anchored) if self._style else anchored
 
     def sample(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
         """Samples rows of one size in as few calls as memory and what differs between them allow."""
@@ -121,12 +128,13 @@ class ComfyEngine:
         return [sampled[place] for place in range(len(rows))]
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._decoder.decode(latents)[..., :3].to(self.device, torch.float32)
+        return decode_pictures(self._decoder, latents)[..., :3].to(self.device, torch.float32)
 
     def _call_of(self, row: EncodedRow) -> Hashable:
         """What rows that share a sampling call have in common."""
         stack = row.loras if self._loras.needs_own_call(row.loras) else None
-        return row.denoise, stack, row.reference is None, self._conditioning.structure(row, _size(row))
+        texts = self._style.structure(row) if self._style else None
+        return row.denoise, stack, texts, row.reference is None, self._conditioning.structure(row, _size(row))
 
     def _sample_call(self, rows: list[EncodedRow]) -> list[Tensor]:
         """Samples the rows of a call, in chunks where they do not fit."""
@@ -151,11 +159,14 @@ class ComfyEngine:
         shape = rows[0].latent.shape
         most = self._chunk_size
         if not most:
-            most = rows_that_fit(recipe.model, shape, self._conditioning_of(rows[:1]))
+            conditioning = self._conditioning_of(rows[:1])
+            more = self._style.bytes_per_row(conditioning, rows[0]) if self._style else 0
+            most = rows_that_fit(recipe.model, shape, conditioning, more)
         return even_chunk(len(rows), self._limit.at_most(most, math.prod(shape)))
 
     def _sample_chunk(self, rows: list[EncodedRow], recipe: Recipe) -> Tensor:
         latents = torch.stack([row.latent for row in rows])
+        mask = self._start.mask(rows, _size(rows[0]))
         return sample_rows(
             recipe,
             self._anchored(self._with_loras(recipe.model, rows), rows),
@@ -163,14 +174,18 @@ class ComfyEngine:
             latents,
             prepared_noise(self._start.noise(rows, latents.shape[1:])),
             [row.seed for row in rows],
-            denoise_mask=self._start.mask(rows, _size(rows[0])),
+            denoise_mask=None if mask is None else with_frames(mask, latents),
             callback=self._progress.callback(len(rows)),
         )
 
     def _conditioning_of(self, rows: Sequence[EncodedRow]) -> Conditioning:
+        """All that the model reads of rows which share a call."""
         conditioning = self._conditioning.for_rows(rows, _size(rows[0]))
+        encode_hints_apart(conditioning)
         add_masked(conditioning, rows, self._reads_masked)
         add_references(conditioning, rows)
+        if self._style:
+            self._style.add(conditioning, rows, _size(rows[0]))
         return conditioning
 
     def _with_loras(self, model: Any, rows: Sequence[EncodedRow]) -> Any:

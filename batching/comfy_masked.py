@@ -7,6 +7,7 @@ import comfy.model_base
 import torch
 from torch import Tensor
 
+from .comfy_latents import encode_pictures
 from .rows import Conditioning, EncodedRow, MaskedPicture
 
 Reads = Literal["always", "unless given", None]
@@ -26,7 +27,7 @@ def reads_masked_picture(model: Any) -> Reads:
 def encode_masked(vae: Any, crops: Tensor, masks: Tensor) -> list[MaskedPicture]:
     """The crops [N,H,W,3] with their masks [N,H,W] greyed out, encoded."""
     masks = masks.round().to(crops.device)
-    latents = vae.encode(torch.lerp(crops, torch.full_like(crops, 0.5), masks[..., None]))
+    latents = encode_pictures(vae, torch.lerp(crops, torch.full_like(crops, 0.5), masks[..., None]))
     return [MaskedPicture(latent, mask[None]) for latent, mask in zip(latents, masks.cpu(), strict=True)]
 
 

@@ -27,7 +27,7 @@ def check_prompts(model: Any, conditioning: Conditioning, concepts: Sequence[Con
     Raises:
         LunaInputError: a prompt was encoded for another family of models: naming it and what it lacks.
     """
-    width = _text_width(model)
+    width = text_width(model)
     for name, text, fields in _prompts(conditioning, concepts):
         if isinstance(text, Tensor) and width is not None and text.shape[-1] != width:
             raise LunaInputError(
@@ -49,7 +49,7 @@ def _prompts(
             yield name, text, fields
 
 
-def _text_width(model: Any) -> int | None:
+def text_width(model: Any) -> int | None:
     """How wide a text the model reads; None where it does not say."""
     network = model.get_model_object("diffusion_model")
     widths = {layer.context_dim for layer in attention_layers(network)}

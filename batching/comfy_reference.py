@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .comfy_latents import encode_pictures
 from .crops import filling
 from .rows import Conditioning, EncodedRow, Row
 
@@ -47,7 +48,7 @@ def encode_references(
         size: (height, width) px of their crops. Pictures of another aspect are cropped at the centre.
     """
     pictures = {id(own.picture): own.picture for row in rows if (own := row.reference) and own.picture is not None}
-    made = {key: vae.encode(filling(picture.float(), *size)[None])[0] for key, picture in pictures.items()}
+    made = {key: encode_pictures(vae, filling(picture.float(), *size)[None])[0] for key, picture in pictures.items()}
     return [
         None if row.reference is None else made.get(id(row.reference.picture), latent)
         for row, latent in zip(rows, latents, strict=True)

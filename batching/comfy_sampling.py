@@ -52,7 +52,7 @@ def differential_mask(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[s
 
     Args:
         sigma: [n], the step's noise level.
-        denoise_mask: [n,c,h,w] in 0..1.
+        denoise_mask: [n,c,h,w] or [n,c,1,h,w] in 0..1.
         extra_options: as ComfyUI passes them: the model and the sigmas of this run.
     """
     sampling = extra_options["model"].inner_model.model_sampling
@@ -76,14 +76,14 @@ def sample_rows(
         recipe: guider, sampler, sigmas and seed.
         model: ModelPatcher, already patched for exactly these rows.
         conditioning: for exactly these rows.
-        latents, noise: [n,c,h,w].
+        latents, noise: [n,c,h,w] or [n,c,1,h,w].
         seeds: one per row.
-        denoise_mask: [n,1,h,w] in 0..1, how much of the schedule the latent takes part in; a mask function that
+        denoise_mask: [n,1,h,w] or [n,1,1,h,w] in 0..1, how much of the schedule the latent takes part in; a mask function that
             the model already carries is kept.
         callback: called at each step with (step, denoised, x, total).
 
     Returns:
-        [n,c,h,w] float32 on ComfyUI's intermediate device.
+        Of the latents' shape, float32 on ComfyUI's intermediate device.
     """
     if denoise_mask is not None and "denoise_mask_function" not in model.model_options:
         model = model.clone()

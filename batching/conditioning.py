@@ -19,14 +19,15 @@ class RowConditioning:
     Args:
         width, height, image_count: of the picture batch, px.
         cell: px of a crop per latent px.
+        has_frames: latents have a dimension for frames, of which there is one.
 
     Attributes:
         notices: what the user should know of what was done, each once.
     """
 
-    def __init__(self, width: int, height: int, image_count: int, cell: int) -> None:
+    def __init__(self, width: int, height: int, image_count: int, cell: int, has_frames: bool = False) -> None:
         self.notices: list[str] = []
-        self._guidance = PictureGuidance(width, height, image_count, cell)
+        self._guidance = PictureGuidance(width, height, image_count, cell, has_frames)
 
     def check(self, conditioning: Conditioning) -> None:
         """Finds what cannot be cut to rows, before anything is sampled.
@@ -97,7 +98,8 @@ class RowConditioning:
                 fields[key] = made
         if any(weight is not None for weight in weights):
             ones = torch.ones(batch.size)
-            fields["mask"] = torch.stack([ones if weight is None else weight for weight in weights])
+            masks = torch.stack([ones if weight is None else weight for weight in weights])
+            fields["mask"] = masks[:, None] if self._guidance.has_frames else masks
             fields.setdefault("mask_strength", 1.0)
             fields["set_area_to_bounds"] = False
         return [fields.pop(TEXT), fields]

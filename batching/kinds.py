@@ -182,6 +182,7 @@ class References(Kind):
                     "leave out the node that adds them"
                 )
             guidance.check_batch(latent, name)
+            _check_frames(latent, name)
 
 
 class Planes(Kind):
@@ -201,11 +202,13 @@ class Planes(Kind):
         given = [own[key] for own in fields]
         if self._is_mask:
             # models read a mask px by px, or scale it to the latent themselves
-            return batch.guidance.planes(given, batch.regions, batch.regions[0].working_size).clamp(0, 1)
+            masks = batch.guidance.planes(given, batch.regions, batch.regions[0].working_size).clamp(0, 1)
+            return masks.unsqueeze(2) if batch.guidance.has_frames and masks.ndim == 4 else masks
         return batch.guidance.planes(given, batch.regions, batch.size)
 
     def check(self, value: Any, name: str, guidance: PictureGuidance) -> None:
         guidance.check_batch(value, name)
+        _check_frames(value, name)
 
 
 class TokenMask(PerText):
@@ -228,6 +231,15 @@ class TokenMask(PerText):
         if grid is None or all(batch.guidance.is_even(mask, grid) for mask in masks):
             return _of_each_row(masks, batch.regions)
         return batch.guidance.attention(masks, grid, batch.regions)
+
+
+def _check_frames(planes: Tensor, name: str) -> None:
+    """Raises LunaInputError where planes [B,c,T,h,w] are those of a video: of more than one frame."""
+    if planes.ndim == 5 and planes.shape[2] != 1:
+        raise LunaInputError(
+            f"{name} holds a video of {planes.shape[2]} latent frames: Luna refines still pictures, give one of a "
+            "single frame, or leave out the node that adds it"
+        )
 
 
 def _identity(value: Any) -> Hashable:

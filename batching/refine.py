@@ -43,11 +43,11 @@ class Engine(Protocol):
         ...
 
     def sample(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
-        """The refined latent [c,h,w] of each row; rows are of one working size."""
+        """The refined latent [c,h,w] or [c,1,h,w] of each row; rows are of one working size."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [n,H,W,3] of latents [n,c,h,w]."""
+        """Pictures [n,H,W,3] of latents [n,c,h,w] or [n,c,1,h,w]."""
         ...
 
 

@@ -30,11 +30,12 @@ class RowStart:
     denoise_share: Tensor | None = None
 
     def noise(self, rows: Sequence[Row], shape: Sequence[int]) -> Tensor:
-        """[N, *shape] float32 on the CPU for rows whose latents have ``shape`` [c,h,w]."""
+        """[N, *shape] float32 on the CPU for rows whose latents have ``shape`` [c,h,w] or [c,1,h,w]."""
         scaffold = self.noise_scaffold
         if scaffold is None:
             return row_noise([row.seed for row in rows], shape)
-        return torch.stack([self._slice(scaffold, row.region, (shape[-2], shape[-1])) for row in rows])
+        slices = torch.stack([self._slice(scaffold, row.region, (shape[-2], shape[-1])) for row in rows])
+        return slices.reshape(len(rows), *shape)
 
     def mask(self, rows: Sequence[Row], size: tuple[int, int]) -> Tensor | None:
         """[N,1, *size] in 0..1 for latents of ``size`` (height, width), or None where all px take part in full."""

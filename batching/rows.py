@@ -94,7 +94,7 @@ class MaskedPicture:
     """What models made for inpainting read of a row besides its latent.
 
     Attributes:
-        latent: [c,h,w] of the crop with its mask greyed out.
+        latent: [c,h,w] or [c,1,h,w] of the crop with its mask greyed out.
         mask: [1,H,W] px of the crop, 1 where the row may change.
     """
 
@@ -107,12 +107,13 @@ class EncodedRow(Row):
     """A row whose crop has been read by the models.
 
     Attributes:
-        latent: [c,h,w].
+        latent: [c,h,w], or [c,1,h,w] of models whose latents have frames.
         masked: for models that read it.
         view: [s,s,3], what the image encoder sees, for a row with an anchor.
         reference_latent: of the latent's shape, for a row with a reference.
         shown: [h,w,3], what the text encoder sees, for a row whose reference has words.
         embed: one image embedding, made of the view before the row is sampled.
+        style: [T,D], tokens of the view that stand behind the row's text, made likewise.
     """
 
     latent: Tensor
@@ -121,6 +122,7 @@ class EncodedRow(Row):
     reference_latent: Tensor | None = None
     shown: Tensor | None = None
     embed: RowEmbeds | None = None
+    style: Tensor | None = None
 
 
 def resolve_rows(

@@ -26,13 +26,15 @@ class PictureGuidance:
     Args:
         width, height, image_count: of the picture batch.
         cell: px of a crop per latent px.
+        has_frames: latents have a dimension for frames, of which there is one.
     """
 
-    def __init__(self, width: int, height: int, image_count: int, cell: int) -> None:
+    def __init__(self, width: int, height: int, image_count: int, cell: int, has_frames: bool = False) -> None:
         self.width = width
         self.height = height
         self.image_count = image_count
         self.cell = cell
+        self.has_frames = has_frames
         self._scaled: dict[int, tuple[Tensor, Tensor]] = {}
         self._even: dict[int, tuple[Tensor, bool]] = {}
 

@@ -1,67 +1,12 @@
-"""Where the time of a run goes: a timeline of ComfyUI's models, and of what lies between their calls."""
+"""Where the time of a run with SDXL at full size goes, and what it moves and waits for."""
 
-import copy
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from gpu_clock import Budget, Traffic, gib, now, peak_bytes
 from gpu_models import Models
 from gpu_refine import detail, faces, faces_picture
 from report import Table
-
-
-class Timeline:
-    """When ComfyUI's models were entered and left; what lies between goes by its neighbours."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, float, float]] = []
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.calls.append((name, start, now()))
-
-        return timed
-
-    def watched(self, models: Models) -> dict[str, Any]:
-        """Copies of model, VAE and CLIP vision whose calls are noted."""
-        model = models.model.clone()
-        model.set_model_unet_function_wrapper(
-            self.around("UNet", lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
-        )
-        vae, clip_vision = copy.copy(models.vae), copy.copy(models.clip_vision)
-        vae.encode = self.around("VAE encode", models.vae.encode)
-        vae.decode = self.around("VAE decode", models.vae.decode)
-        clip_vision.encode_image = self.around("CLIP vision", models.clip_vision.encode_image)
-        return {"model": model, "vae": vae, "clip_vision": clip_vision}
-
-    def stages(self, start: float, stop: float) -> dict[str, float]:
-        """Seconds by stage, from ``start`` to ``stop``."""
-        found: dict[str, float] = {}
-        before, since = "", start
-        for name, entered, left in (*self.calls, ("", stop, stop)):
-            gap = _gap(before, name)
-            for stage, seconds in ((gap, entered - since), (name, left - entered)):
-                found[stage] = found.get(stage, 0.0) + seconds
-            before, since = name, left
-        found.pop("", None)
-        return found
-
-
-def _gap(before: str, after: str) -> str:
-    if before == "VAE decode":
-        return "colour match, paste"
-    if before == "UNet":
-        return "sampler, per step"
-    return {"VAE encode": "check, plan, cut", "CLIP vision": "look"}.get(after, "tokens, keys and values, noise")
-
-
-STAGES = ("check, plan, cut", "VAE encode", "look", "CLIP vision", "tokens, keys and values, noise", "UNet",
-          "sampler, per step", "VAE decode", "colour match, paste")  # fmt: skip
+from timeline import MODELS, STAGES, Timeline
 
 
 def stage_split(models: Models, budget: Budget) -> list[Table]:
@@ -77,7 +22,7 @@ def stage_split(models: Models, budget: Budget) -> list[Table]:
         detail(watched, image, found, side, steps, color_match=match)
         stop = now()
         spent = line.stages(start, stop)
-        models_only = sum(spent[stage] for stage in ("VAE encode", "CLIP vision", "UNet", "VAE decode"))
+        models_only = sum(spent[stage] for stage in MODELS)
         cells = [f"{1000 * spent.get(stage, 0.0):.0f}" for stage in STAGES]
         stages.append((match, *cells, f"{1 - models_only / (stop - start):.1%}"))
         seen = Traffic()

@@ -16,6 +16,7 @@ from comfy.model_patcher import ModelPatcher
 
 from harness import tiny
 from harness.seeding import generator_for
+from harness.still_models import flux_vae, wan_vae
 from harness.vae import build_vae
 
 TEXT, VECTOR = 16, 16
@@ -87,6 +88,20 @@ def lumina(z_image: bool) -> ModelPatcher:
     return _patcher(comfy.model_base.Lumina2, settings, config)
 
 
+def qwen_image() -> ModelPatcher:
+    """Qwen-Image, of which Qwen-Image-Edit is one: latents of one frame."""
+    config = {
+        "image_model": "qwen_image",
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+        "joint_attention_dim": TEXT,
+    }
+    return _patcher(comfy.model_base.QwenImage, comfy.supported_models.QwenImage, config)
+
+
 def _patcher(kind: type[Any], settings: type[Any], config: dict[str, Any]) -> ModelPatcher:
     chosen = settings(config)
     chosen.set_inference_dtype(torch.float32, None)
@@ -95,21 +110,24 @@ def _patcher(kind: type[Any], settings: type[Any], config: dict[str, Any]) -> Mo
     return ModelPatcher(model.eval(), torch.device("cpu"), torch.device("cpu"))
 
 
+def flux2_vae() -> Any:
+    """128 channels; those of published files lie at a ratio of 16, these at 8."""
+    return comfy.sd.VAE(sd=build_vae(1.0, latent_channels=128))
+
+
 @dataclass(frozen=True)
 class Family:
-    """How a family's model and its text are made, and the channels of its latents."""
+    """How a family's model, its VAE and its text are made."""
 
     model: Callable[[], ModelPatcher]
-    channels: int = 16
+    vae: Callable[[], Any]
     masked_text: bool = False
 
     def settings(self) -> dict[str, Any]:
         """A refiner's model, vae and prompts."""
-        model = self.model()
-        scale = getattr(model.model.latent_format, "scale_factor", 1.0)
         return {
-            "model": model,
-            "vae": comfy.sd.VAE(sd=build_vae(scale, latent_channels=self.channels)),
+            "model": self.model(),
+            "vae": self.vae(),
             "positive": self.text("positive"),
             "negative": self.text("negative"),
         }
@@ -123,8 +141,9 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "flux": Family(tiny.flux),
-    "flux2": Family(flux2, channels=128),
-    "omnigen2": Family(omnigen2, masked_text=True),
-    "z_image": Family(lambda: lumina(z_image=True)),
+    "flux": Family(tiny.flux, flux_vae),
+    "flux2": Family(flux2, flux2_vae),
+    "omnigen2": Family(omnigen2, flux_vae, masked_text=True),
+    "qwen_image": Family(qwen_image, wan_vae),
+    "z_image": Family(lambda: lumina(z_image=True), flux_vae),
 }

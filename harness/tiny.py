@@ -15,6 +15,7 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from comfy.ldm.flux.model import FluxParams
+from comfy.ldm.flux.redux import ReduxImageEncoder
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
@@ -83,18 +84,19 @@ def unet(
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def flux(in_channels: int = 16) -> ModelPatcher:
+def flux(in_channels: int = 16, text_width: int = 16) -> ModelPatcher:
     """A MODEL that is no UNet: ComfyUI's own Flux with one block of each kind.
 
     Args:
         in_channels: 32 makes a depth or canny model, 96 a fill model.
+        text_width: of the tokens it reads; real ones are 4096 wide.
     """
     config: dict[str, Any] = {
         "image_model": "flux",
         "in_channels": in_channels,
         "out_channels": 16,
         "vec_in_dim": 16,
-        "context_in_dim": 16,
+        "context_in_dim": text_width,
         "hidden_size": 32,
         "mlp_ratio": 2.0,
         "num_heads": 2,
@@ -140,6 +142,35 @@ def clip_vision(folder: Path, hidden: int = CLIP_HIDDEN, pooled: int = CLIP_POOL
     model = comfy.clip_vision.ClipVisionModel(str(path))
     seed_weights(model.model, "tiny clip", hidden, pooled)
     return model
+
+
+def siglip(folder: Path, hidden: int = 32, image_size: int = 56, layers: int = 2) -> Any:
+    """A CLIP_VISION of the SigLIP kind: a token for each patch of 14 px, and no projection."""
+    config = {
+        "hidden_size": hidden,
+        "image_size": image_size,
+        "patch_size": 14,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_channels": 3,
+        "model_type": "siglip_vision_model",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    path = folder / f"tiny_siglip_{hidden}_{image_size}.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    model = comfy.clip_vision.ClipVisionModel(str(path))
+    seed_weights(model.model, "tiny siglip", hidden)
+    return model
+
+
+def style_model(hidden: int = 32, text_width: int = 16) -> Any:
+    """A STYLE_MODEL: ComfyUI's Redux for the tiny SigLIP and the tiny Flux."""
+    redux = ReduxImageEncoder(redux_dim=hidden, txt_in_features=text_width)
+    seed_weights(redux, "tiny redux", hidden, text_width)
+    return comfy.sd.StyleModel(redux)
 
 
 def ip_adapter_weights(family: Family = "sd15", variant: str = "plus") -> StateDict:

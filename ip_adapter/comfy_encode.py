@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import comfy.clip_model
@@ -20,20 +21,43 @@ from .embeds import RowEmbeds
 
 _ROWS_PER_BATCH = 16
 _REMEMBERED_BYTES = 64 << 20
-"""Of tokens [T,D] kept per pair of adapter and encoder: 512 pictures of SDXL plus, 85 of full-face."""
+"""Of tokens [T,D] kept per memory: 512 pictures of SDXL plus, 85 of full-face, 19 of SigLIP."""
 
 _ENCODERS = {768: "ViT-L", 1024: "ViT-H", 1280: "ViT-G"}
 _HIDDEN = {1024: "ViT-L", 1280: "ViT-H", 1664: "ViT-G"}
 
 
-class _Memory:
-    """Tokens of pictures seen before, the oldest forgotten first, and how many pictures fit at once."""
+class PictureMemory:
+    """Tokens of pictures seen before, the oldest forgotten first, and how many pictures fit at once.
+
+    One memory holds what one encoder, or one pair of encoder and adapter, made.
+    """
 
     def __init__(self, limit_bytes: int = _REMEMBERED_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self.rows: OrderedDict[bytes, Tensor] = OrderedDict()
         self.nothing: Tensor | None = None
         self.limit = MemoryLimit("pictures")
+
+    def recall(self, views: Tensor, encoded: Callable[[Tensor], Tensor]) -> Tensor:
+        """The tokens [N,T,D] of views [N,s,s,3] on the CPU; those not seen before are ``encoded``, each once."""
+        digests = [_digest(view) for view in views]
+        rows = {digest: self.find(digest) for digest in digests}
+        new = list({digest: place for place, digest in enumerate(digests) if rows[digest] is None}.values())
+        if new:
+            for place, row in zip(new, encoded(views[new]), strict=True):
+                rows[digests[place]] = row.clone()
+                self.keep(digests[place], row.clone())
+        return torch.stack([row for digest in digests if (row := rows[digest]) is not None])
+
+    def in_parts(self, pictures: Tensor, most: int, work: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        """What ``work`` makes of pictures [N,...], ``most`` at a time or as many as fit; ``name`` is the input's."""
+        no_room = LunaRuntimeError(
+            f"{name}: there is not enough memory to encode even one picture: close other programs that use the "
+            "GPU, or start ComfyUI with --lowvram"
+        )
+        parts = self.limit.parts(list(range(len(pictures))), most, lambda places: work(pictures[places]), no_room)
+        return torch.cat([made for _, made in parts])
 
     def find(self, digest: bytes) -> Tensor | None:
         if digest in self.rows:
@@ -46,7 +70,7 @@ class _Memory:
             self.rows.popitem(last=False)
 
 
-_memories: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Memory]] = WeakKeyDictionary()
+_memories: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, PictureMemory]] = WeakKeyDictionary()
 
 
 def clip_widths(clip_vision: object) -> tuple[int, int]:
@@ -108,28 +132,17 @@ def encode_rows(adapter: IPAdapter, clip_vision: ClipVisionModel, images: Tensor
         Tokens in float32 on the CPU. "Without picture" is what the adapters were trained with: zeros for the pooled
         embed, for hidden states those of an encoder input of zeros.
     """
-    memory = _memories.setdefault(clip_vision.model, WeakKeyDictionary()).setdefault(adapter.network, _Memory())
-    images = views(clip_vision, images)
-    digests = [_digest(image) for image in images]
-    rows = {digest: memory.find(digest) for digest in digests}
-    new = list({digest: place for place, digest in enumerate(digests) if rows[digest] is None}.values())
+    memory = _memories.setdefault(clip_vision.model, WeakKeyDictionary()).setdefault(adapter.network, PictureMemory())
+
+    def encoded(new: Tensor) -> Tensor:
+        work = memory.in_parts(new, _ROWS_PER_BATCH, lambda part: _encode(clip_vision, part, adapter), "clip_vision")
+        return _project(adapter, work)
+
     with torch.no_grad():
-        if new:
-            no_room = LunaRuntimeError(
-                "clip_vision: there is not enough memory to encode even one picture: close other programs that use the "
-                "GPU, or start ComfyUI with --lowvram"
-            )
-            batches = memory.limit.parts(
-                new, _ROWS_PER_BATCH, lambda places: _encode(clip_vision, images[places], adapter), no_room
-            )
-            tokens = _project(adapter, torch.cat([encoded for _, encoded in batches]))
-            for place, row in zip(new, tokens, strict=True):
-                rows[digests[place]] = row.clone()
-                memory.keep(digests[place], row.clone())
+        found = memory.recall(views(clip_vision, images), encoded)
         if memory.nothing is None:
             memory.nothing = _project(adapter, _encode_nothing(clip_vision, adapter))
-    found = [row for digest in digests if (row := rows[digest]) is not None]
-    return RowEmbeds(torch.stack(found), memory.nothing, adapter.projection)
+    return RowEmbeds(found, memory.nothing, adapter.projection)
 
 
 def _digest(image: Tensor) -> bytes:

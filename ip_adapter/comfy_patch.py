@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -140,7 +140,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 
 def _outer_sample(executor: WrapperExecutor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Makes keys and values before a sampling call and drops them after it, however it ends."""
-    guider: CFGGuider = executor.class_obj  # type: ignore[assignment]
+    guider = cast(CFGGuider, executor.class_obj)
     options = guider.model_options["transformer_options"]  # the guider's own for this call
     given: tuple[Anchors, ...] = options[ANCHORS]
     for anchors in given:
@@ -189,7 +189,7 @@ def _apply_model(
     **more: object,
 ) -> Tensor:
     """Arranges what the layers need for the rows of this call, on its device and in its dtype."""
-    model: BaseModel = executor.class_obj  # type: ignore[assignment]
+    model = cast(BaseModel, executor.class_obj)
     runs = [_run(given, model.model_sampling) for given in transformer_options[ANCHORS]]
     replacements = _replacements(transformer_options)
     known = AnchorCall(
@@ -222,7 +222,7 @@ def _resting(runs: Sequence[AnchorRun], replacements: Mapping[Any, Attention], o
     return tuple(sorted((start, end) for start, end in ranges if not end <= sigma <= start))
 
 
-_NEGATIVE = ("negative", "empty_negative_prompt")
+NEGATIVE = ("negative", "empty_negative_prompt")
 """Names under which ComfyUI's guiders keep prompts that pictures must not anchor."""
 
 
@@ -231,6 +231,6 @@ def _roles(by_name: Mapping[str, Any], conds: Sequence[Any]) -> tuple[bool, ...]
 
     On its own, a list that is not the guider's is one that a node on the model brought along: an empty prompt.
     """
-    known = {id(entry): name not in _NEGATIVE for name, entry in by_name.items()}
+    known = {id(entry): name not in NEGATIVE for name, entry in by_name.items()}
     is_first_positive = len(conds) > 1 or "positive" not in by_name
     return tuple(known.get(id(entry), place == 0 and is_first_positive) for place, entry in enumerate(conds))

@@ -102,6 +102,11 @@ class LayerWeights:
                 factors[place] = LayerFactor(value)
         return factors
 
+    @property
+    def is_even(self) -> bool:
+        """Whether it leaves every layer as it is; the rows may differ."""
+        return self.preset == "linear" and not self.overrides
+
     def row_factors(self, count: int) -> Tensor:
         """What multiplies the weight of each of ``count`` rows: [count] float32."""
         if not self.row_curve:

@@ -10,6 +10,7 @@ from ..batching.comfy_anchor import Anchor
 from ..batching.comfy_picture_text import reads_pictures
 from ..batching.comfy_recipe import Recipe
 from ..batching.comfy_reference import reads_references
+from ..batching.comfy_style import Style, check_style, reads_style
 from ..batching.rows import ANCHOR_MODES, AnchorMode
 from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
@@ -31,8 +32,11 @@ def choose_anchors(
     start_percent: float,
     end_percent: float,
     layer_weights: LayerWeights | None,
+    style: Style | None = None,
 ) -> tuple[Anchor | None, bool, list[str]]:
     """The IP-Adapter's anchor or None, whether rows get reference latents, and the reasons for what cannot act.
+
+    A ``style`` anchors rows too, whatever the mode.
 
     Raises:
         LunaInputError: there is no such mode, the inputs contradict each other, or do not fit together.
@@ -45,7 +49,7 @@ def choose_anchors(
     if mode == "reference":
         if ip_adapter is not None:
             reasons.append("ip_adapter does not act, because anchor_mode is reference")
-    else:
+    elif ip_adapter is not None or style is None:
         anchor, reason = choose_anchor(
             model, ip_adapter, clip_vision, weight, start_percent, end_percent, layer_weights
         )
@@ -53,8 +57,9 @@ def choose_anchors(
     if mode != "ip_adapter" and not able:
         reasons.append(f"model reads no reference latents, which anchor_mode {mode} needs")
     if reasons and anchor is None:
-        end = "reference latents alone anchor the regions" if references else _TEXT_ONLY
-        reasons[-1] += f": {end}{_HINT if able and not references else ''}"
+        left = [name for name, acts in (("reference latents", references), ("style_model", style)) if acts]
+        end = f"{' and '.join(left)} alone anchor{'' if references else 's'} the regions" if left else _TEXT_ONLY
+        reasons[-1] += f": {end}{_HINT if able and not left else ''}"
     return anchor, references, reasons
 
 
@@ -120,3 +125,37 @@ def choose_anchor(
     layer_weights = layer_weights or LayerWeights()
     layer_weights.resolve(layers_for(model, adapter))
     return Anchor(adapter, clip_vision, weight, start_percent, end_percent, layer_weights), None
+
+
+def choose_style(
+    model: ModelPatcher,
+    style_model: Any,
+    clip_vision: ClipVisionModel | None,
+    weight: float,
+    start_percent: float,
+    end_percent: float,
+    layer_weights: LayerWeights | None,
+) -> tuple[Style | None, list[str]]:
+    """How pictures guide rows through their text, or None, with what the user should know.
+
+    Raises:
+        LunaInputError: clip_vision is missing, or model, style model and encoder do not fit together.
+    """
+    if style_model is None:
+        return None, []
+    if not reads_style(model):
+        return None, ["model is no Flux, so style_model cannot act on it: rows get no tokens of their pictures"]
+    if clip_vision is None:
+        raise LunaInputError(
+            "style_model is connected but clip_vision is not: connect Load CLIP Vision with the encoder the style "
+            "model was trained with (sigclip_vision_patch14_384), or disconnect style_model"
+        )
+    check_style(model, style_model, clip_vision)
+    layer_weights = layer_weights or LayerWeights()
+    warnings = []
+    if (start_percent, end_percent) != (0, 1) or not layer_weights.is_even:
+        warnings.append(
+            "style_model acts in the whole model and at every step: ip_adapter_start, ip_adapter_end and the depth in "
+            "layer_weights do not change it"
+        )
+    return Style(style_model, clip_vision, weight, layer_weights), warnings

@@ -4,11 +4,13 @@ import math
 from typing import Any, TypeGuard
 
 import torch
+from comfy.ldm.modules.temporal_ae import VideoDecoder
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor
 from torch.nn import GroupNorm
 
+from ..batching.comfy_latents import has_frames, latent_shape
 from ..batching.plan import CELL_PX
 from ..errors import LunaInputError
 from ..picture.detections import Detections
@@ -79,7 +81,10 @@ def range_notices(image: Tensor, name: str = "image") -> list[str]:
 
 
 def check_models(model: ModelPatcher, vae: VAE, working_px: int) -> None:
-    """The VAE's latents must be the model's, two-dimensional, and the working size must fit them.
+    """The VAE's latents must be the model's, of still pictures, and the working size must fit them.
+
+    A model whose latents have a dimension for frames is used at one frame. Qwen-Image and Wan share one latent format,
+    and Wan draws still pictures well, so what a model was trained for is no reason to refuse it.
 
     Args:
         model: ComfyUI MODEL.
@@ -90,10 +95,13 @@ def check_models(model: ModelPatcher, vae: VAE, working_px: int) -> None:
         LunaInputError: naming the input, what was given and what to do.
     """
     latent_format = model.get_model_object("latent_format")
-    if getattr(vae, "latent_dim", 2) != 2 or getattr(latent_format, "latent_dimensions", 2) != 2:
+    made, taken = getattr(vae, "latent_dim", 2), getattr(latent_format, "latent_dimensions", 2)
+    if made != taken:
         raise LunaInputError(
-            "model and vae work on video latents (5-D): Luna refines still pictures, use an image model and its vae"
+            f"vae makes latents of {made} dimensions, model takes {taken} (1 is sound, 2 are pictures, 3 are pictures or "
+            "videos): use the vae that belongs to the model"
         )
+    _check_stills(model, vae)
     if vae.latent_channels != latent_format.latent_channels:
         raise LunaInputError(
             f"vae makes latents of {vae.latent_channels} channels, model takes {latent_format.latent_channels}: "
@@ -102,6 +110,26 @@ def check_models(model: ModelPatcher, vae: VAE, working_px: int) -> None:
     cell = latent_cell(vae)
     if working_px % cell:
         raise LunaInputError(f"a working size of {working_px} px does not fit this vae: use a multiple of {cell}")
+
+
+_WITH_SOUND = {"LTXAV", "MiniMaxH3"}
+"""Classes of models in ComfyUI whose latents are a video and its sound."""
+
+
+def _check_stills(model: ModelPatcher, vae: VAE) -> None:
+    """Raises LunaInputError where a batch cannot be one of pictures that do not see each other."""
+    if getattr(vae, "latent_dim", 2) == 1 or _WITH_SOUND & {kind.__name__ for kind in type(model.model).__mro__}:
+        raise LunaInputError("model works on sound: Luna refines pictures, use an image model and its vae")
+    if model.model.model_config.unet_config.get("use_temporal_attention"):
+        raise LunaInputError(
+            "model takes a batch for the frames of a video (Stable Video Diffusion): its rows would see each other. Use "
+            "an image model"
+        )
+    if isinstance(getattr(vae.first_stage_model, "decoder", None), VideoDecoder):
+        raise LunaInputError(
+            "vae takes a batch for the frames of a video (Stable Video Diffusion): its rows would see each other. Use "
+            "the vae of an image model"
+        )
 
 
 _WHOLE_BATCH_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
@@ -160,8 +188,8 @@ def check_scaffold(noise_scaffold: dict[str, Any] | None, vae: VAE, image: Tenso
     """The noise of a scaffold LATENT, [1 or B,c,H,W] in latent px, or None when there is none.
 
     Raises:
-        LunaInputError: it is no noise, its channels or size are not those the vae gives this picture, or its batch
-            does not fit.
+        LunaInputError: it is no noise, its channels or size are not those the vae gives this picture, its batch does
+            not fit, or it holds more than one frame.
     """
     if noise_scaffold is None:
         return None
@@ -171,16 +199,15 @@ def check_scaffold(noise_scaffold: dict[str, Any] | None, vae: VAE, image: Tenso
             f"noise_scaffold is {shown(noise_scaffold)}: a latent of noise is needed, from Luna Noise Scaffold"
         )
     count, height, width, _ = image.shape
-    ratio = vae.spacial_compression_encode()
-    wanted = (vae.latent_channels, math.ceil(height / ratio), math.ceil(width / ratio))
+    wanted = latent_shape(vae, height, width)
     if tuple(samples.shape[1:]) != wanted or samples.shape[0] not in (1, count):
         raise LunaInputError(
             f"noise_scaffold has shape {list(samples.shape)}, but {count} picture(s) of {width}x{height} px need "
-            f"[1 or {count}, {wanted[0]}, {wanted[1]}, {wanted[2]}]: connect image and this vae to Luna Noise Scaffold"
+            f"[1 or {count}, {', '.join(map(str, wanted))}]: connect image and this vae to Luna Noise Scaffold"
         )
     if samples.dtype not in PICTURE_TYPES or not bool(torch.isfinite(samples).all()):
         raise LunaInputError("noise_scaffold holds values that are not numbers: make it anew with Luna Noise Scaffold")
-    return samples
+    return samples[:, :, 0] if has_frames(vae) else samples
 
 
 def fitted(detections: Detections, image: Tensor) -> Detections:

@@ -6,7 +6,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider, Sampler
-from comfy.sd import CLIP, VAE
+from comfy.sd import CLIP, VAE, StyleModel
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..sam3_bridge.from_masks import Picture, as_masks
 from . import inputs
-from .anchors import choose_anchors, choose_words
+from .anchors import choose_anchors, choose_style, choose_words
 from .checks import cache_notices, check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
 from .refiner_inputs import choose_recipe
 from .schema import luna_schema, notice
@@ -83,6 +83,7 @@ class LunaChessRefiner(io.ComfyNode):
                 inputs.color_match(),
                 *inputs.custom_sampling(),
                 inputs.anchor_mode(),
+                inputs.style_model(),
                 *inputs.picture_text(),
             ],
             outputs=[
@@ -124,6 +125,7 @@ class LunaChessRefiner(io.ComfyNode):
         sampler: Sampler | None = None,
         sigmas: Tensor | None = None,
         anchor_mode: AnchorMode = "ip_adapter",
+        style_model: StyleModel | None = None,
         clip: CLIP | None = None,
         prompt: str = "",
     ) -> io.NodeOutput:
@@ -140,26 +142,21 @@ class LunaChessRefiner(io.ComfyNode):
         check_models(recipe.model, vae, tile_size)
         check_depth(recipe.model, vae, tile_size, "tile_size", cfg)
         check_prompts(recipe.model, recipe.conditioning)
+        strength = (ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights)
+        style, of_style = choose_style(recipe.model, style_model, clip_vision, *strength)
         anchor, references, warnings = choose_anchors(
-            anchor_mode,
-            recipe.model,
-            ip_adapter,
-            clip_vision,
-            ip_adapter_weight,
-            ip_adapter_start,
-            ip_adapter_end,
-            layer_weights,
+            anchor_mode, recipe.model, ip_adapter, clip_vision, *strength, style
         )
-        words, idle = choose_words(clip, prompt, references, recipe)
+        words, of_words = choose_words(clip, prompt, references, recipe)
         cell = vae.spacial_compression_encode()
         share = _denoise_share(refined_mask, refined_strength, image)
         if share is not None:
             plan = without_px(plan, share, least_share(recipe), cell)
-        rows = rows_for(plan, recipe, anchor, references=references, words=words)
+        rows = rows_for(plan, recipe, anchor, (), style, references, words)
         start = RowStart(cell, noise_scaffold=check_scaffold(noise_scaffold, vae, image), denoise_share=share)
         device = working_device(recipe.model, image)
-        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, clip)
-        warnings += idle + range_notices(image) + cache_notices(recipe.model)
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style, clip)
+        warnings += of_style + of_words + range_notices(image) + cache_notices(recipe.model)
         refined = refine(image, plan, rows, engine, PasteSettings(color_match=color_match), keep_mask=False)
         warnings += engine.notices
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)

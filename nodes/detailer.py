@@ -6,7 +6,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider, Sampler
-from comfy.sd import CLIP, VAE
+from comfy.sd import CLIP, VAE, StyleModel
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from ..batching.rows import AnchorMode
 from ..ip_adapter import LayerWeights
 from ..picture.detections import Detections
 from . import inputs
-from .anchors import choose_anchors, choose_words
+from .anchors import choose_anchors, choose_style, choose_words
 from .checks import (
     cache_notices,
     check_depth,
@@ -88,6 +88,7 @@ class LunaSemanticDetailer(io.ComfyNode):
                 ),
                 *inputs.custom_sampling(),
                 inputs.anchor_mode(),
+                inputs.style_model(),
                 *inputs.picture_text(),
             ],
             outputs=[
@@ -134,6 +135,7 @@ class LunaSemanticDetailer(io.ComfyNode):
         sampler: Sampler | None = None,
         sigmas: Tensor | None = None,
         anchor_mode: AnchorMode = "ip_adapter",
+        style_model: StyleModel | None = None,
         clip: CLIP | None = None,
         prompt: str = "",
     ) -> io.NodeOutput:
@@ -147,18 +149,13 @@ class LunaSemanticDetailer(io.ComfyNode):
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
             return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))
+        strength = (ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights)
+        style, of_style = choose_style(recipe.model, style_model, clip_vision, *strength)
         anchor, references, warnings = choose_anchors(
-            anchor_mode,
-            recipe.model,
-            ip_adapter,
-            clip_vision,
-            ip_adapter_weight,
-            ip_adapter_start,
-            ip_adapter_end,
-            layer_weights,
+            anchor_mode, recipe.model, ip_adapter, clip_vision, *strength, style
         )
-        words, idle = choose_words(clip, prompt, references, recipe)
-        rows = rows_for(plan, recipe, anchor, concepts, references, words)
+        words, of_words = choose_words(clip, prompt, references, recipe)
+        rows = rows_for(plan, recipe, anchor, concepts, style, references, words)
         resting = {row.region.row for row in rows if row.denoise == 0}
         if len(resting) == len(rows):
             return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
@@ -168,9 +165,9 @@ class LunaSemanticDetailer(io.ComfyNode):
         check_prompts(recipe.model, recipe.conditioning, concepts)
         start = RowStart(vae.spacial_compression_encode(), mask_latent, check_scaffold(noise_scaffold, vae, image))
         device = working_device(recipe.model, image)
-        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, clip)
-        warnings += size_notices(plan, crops) + _unused(concepts, found, anchor is not None, references)
-        warnings += idle + range_notices(image) + cache_notices(recipe.model)
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style, clip)
+        warnings += size_notices(plan, crops) + _unused(concepts, found, bool(anchor or style), references)
+        warnings += of_style + of_words + range_notices(image) + cache_notices(recipe.model)
         if resting:
             warnings.append(f"denoise is 0 for {len(resting)} of {len(rows)} regions: they stay as they are")
         refined = refine(image, plan, rows, engine, PasteSettings(blend, color_match), keep_crops=True)

@@ -211,6 +211,15 @@ def anchor_mode() -> Any:
     )
 
 
+def style_model() -> Any:
+    return io.StyleModel.Input(
+        "style_model",
+        optional=True,
+        tooltip="Flux Redux: tokens of each region's own picture follow its text, as strong as ip_adapter_weight says "
+        "(1 = ComfyUI's strength 1). clip_vision must be the SigLIP it was trained with.",
+    )
+
+
 def picture_text() -> list[Any]:
     """clip and prompt of text encoders that read pictures."""
     return [

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..batching.comfy_chunks import row_bytes, rows_that_fit
+from ..batching.comfy_latents import latent_shape
 from ..batching.crop_plan import CropSettings, MaskMode, OverlapMode, plan_detections, size_notices
 from ..batching.drawing import describe, draw_plan
 from ..batching.grid import TILE_ORDERS, TileOrder, TileSettings, plan_tiles
@@ -96,9 +97,8 @@ def _of_the_detailer(given: Any) -> Any:
 
 
 def _summary(plan: RefinePlan, model: ModelPatcher, vae: VAE, steps: int, chunk_size: int) -> str:
-    ratio = vae.spacial_compression_encode()
     sizes = {region.working_size for region in plan.regions}
-    shapes = {size: (vae.latent_channels, size[0] // ratio, size[1] // ratio) for size in sizes}
+    shapes = {size: latent_shape(vae, *size) for size in sizes}
     return describe(
         plan,
         steps,

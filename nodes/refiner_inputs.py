@@ -11,6 +11,7 @@ from comfy.sd import VAE
 from torch import Tensor
 
 from ..batching.comfy_chunks import row_bytes
+from ..batching.comfy_latents import latent_shape
 from ..batching.comfy_recipe import Recipe, SamplingSettings, ksampler_recipe
 from ..batching.comfy_reference import FIELD as REFERENCES
 from ..batching.crop_plan import AUTO_SIZES, LARGER_AUTO_SIZES
@@ -34,11 +35,10 @@ def crop_sizes(model: ModelPatcher, vae: VAE, references: bool = False) -> tuple
         own = {REFERENCES: [torch.empty(1, *shape, device="meta")]} if references else {}
         return row_bytes(model, shape, {"positive": [[None, own]]})
 
-    ratio = vae.spacial_compression_encode()
-    if not isinstance(ratio, int):
+    if not isinstance(vae.spacial_compression_encode(), int):
         return AUTO_SIZES
     room = comfy.model_management.get_total_memory(model.load_device) - model.model_size()
-    shapes = {size: (vae.latent_channels, size // ratio, size // ratio) for size in LARGER_AUTO_SIZES}
+    shapes = {size: latent_shape(vae, size, size) for size in LARGER_AUTO_SIZES}
     return AUTO_SIZES + tuple(size for size, shape in shapes.items() if needed(shape) <= room)
 
 

@@ -1,6 +1,5 @@
 """What comes before a Chess Refiner: bringing the picture to its size, and noise for all of it."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..batching.comfy_latents import latent_shape
 from ..batching.noise import row_generator
 from ..batching.scaffold import pyramid_noise
 from ..batching.upscale import UPSCALE_METHODS, UpscaleMethod, fitted_size, scale_image
@@ -139,12 +139,12 @@ class LunaNoiseScaffold(io.ComfyNode):
             check_image(image)
             count, height, width, _ = image.shape
         ratio = vae.spacial_compression_encode()
-        if not isinstance(ratio, int) or getattr(vae, "latent_dim", 2) != 2:
-            raise LunaInputError("vae makes video latents: use the vae of an image model")
-        shape = (vae.latent_channels, math.ceil(height / ratio), math.ceil(width / ratio))
+        if not isinstance(ratio, int) or getattr(vae, "latent_dim", 2) == 1:
+            raise LunaInputError("vae makes no latents of pictures: use the vae of an image model")
+        channels, *frames, rows, columns = latent_shape(vae, height, width)
         # the same for every picture, so that each comes out the same by itself and in a batch
-        noise = pyramid_noise(shape, octaves, row_generator(seed, "scaffold 0"))
-        return io.NodeOutput({"samples": torch.stack([noise] * count)})
+        noise = pyramid_noise((channels, rows, columns), octaves, row_generator(seed, "scaffold 0"))
+        return io.NodeOutput({"samples": torch.stack([noise] * count).reshape(count, channels, *frames, rows, columns)})
 
 
 NODES = (LunaPrepUpscale, LunaNoiseScaffold)

@@ -11,7 +11,7 @@ from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.nodes.detections import LunaDetectionsFromBoxes, LunaDetectionsFromMasks
 from luna_refinement.picture.detections import Detections
 
-from harness import tiny
+from harness import still_models, tiny
 from harness.refining import Studio, counting, detections, photograph
 
 
@@ -147,12 +147,6 @@ def test_boxes_that_cannot_be_read_are_refused(text: str, match: str) -> None:
         LunaDetectionsFromBoxes.execute(photograph(), "", text)
 
 
-def test_a_video_vae_is_refused(sd15: Studio) -> None:
-    class VideoVAE:
-        latent_dim = 3
-        latent_channels = 16
-
-        def spacial_compression_encode(self) -> int:
-            return 8
-
-    refused(sd15, "video latents", vae=VideoVAE())
+def test_a_vae_for_other_latents_than_the_models_is_refused(sd15: Studio) -> None:
+    refused(sd15, "vae makes latents of 3 dimensions, model takes 2", vae=still_models.wan_vae())
+    refused(sd15, "vae makes latents of 16 channels, model takes 4", vae=still_models.flux_vae())

@@ -261,7 +261,7 @@ def test_embeds_equal_those_of_single_pictures_and_do_not_alias(tmp_path: Path) 
 
 def test_the_memory_of_embeds_is_bounded_in_bytes(tmp_path: Path) -> None:
     clip_vision, ip_adapter = tiny.clip_vision(tmp_path), adapter("sd15", "full_face")
-    memory = comfy_encode._Memory(limit_bytes=10 * 257 * 768 * 4)
+    memory = comfy_encode.PictureMemory(limit_bytes=10 * 257 * 768 * 4)
     for seed in range(25):
         memory.keep(bytes([seed]), torch.zeros(257, 768))
     assert len(memory.rows) == 10

@@ -92,7 +92,6 @@ def qwen_image() -> ModelPatcher:
     """Qwen-Image, of which Qwen-Image-Edit is one: latents of one frame."""
     config = {
         "image_model": "qwen_image",
-        "in_channels": 16,
         "num_layers": 1,
         "num_attention_heads": 2,
         "attention_head_dim": 16,

@@ -13,6 +13,7 @@ from comfy.sd1_clip import SD1Tokenizer
 from comfy_extras.nodes_custom_sampler import DualCFGGuider
 from comfy_extras.nodes_edit_model import ReferenceLatent
 from luna_refinement.batching.comfy_chunks import row_bytes
+from luna_refinement.batching.comfy_latents import latent_shape
 from luna_refinement.batching.comfy_reference import reads_references
 from luna_refinement.batching.concepts import Concept
 from luna_refinement.batching.crop_plan import CropSettings, plan_detections

@@ -78,8 +78,8 @@ def sample_rows(
         conditioning: for exactly these rows.
         latents, noise: [n,c,h,w] or [n,c,1,h,w].
         seeds: one per row.
-        denoise_mask: [n,1,h,w] or [n,1,1,h,w] in 0..1, how much of the schedule the latent takes part in; a mask function that
-            the model already carries is kept.
+        denoise_mask: [n,1,h,w] or [n,1,1,h,w] in 0..1, how much of the schedule the latent takes part in; a mask
+            function that the model already carries is kept.
         callback: called at each step with (step, denoised, x, total).
 
     Returns:

@@ -21,6 +21,7 @@ from .kinds import (
     Planes,
     References,
     Text,
+    TextIds,
     TokenMask,
 )
 
@@ -48,9 +49,10 @@ KINDS = _table(
     (TokenMask(), "attention_mask attention_mask_mt5xl"),
     (
         _PER_TEXT,
-        "pooled_output conditioning_llama3 conditioning_mt5xl conditioning_byt5small cross_attn_controlnet t5xxl_ids "
-        "t5xxl_weights text_input_ids degrade_sigma",
+        "pooled_output conditioning_llama3 conditioning_mt5xl conditioning_byt5small cross_attn_controlnet "
+        "text_input_ids degrade_sigma",
     ),
+    (TextIds(), "t5xxl_ids t5xxl_weights"),
     (
         _ALIKE,
         "strength mask_strength start_percent end_percent clip_start_percent clip_end_percent hooks default guidance "

@@ -100,6 +100,16 @@ class Text(PerText):
         return _of_each_row(texts, batch.regions)
 
 
+class TextIds(Kind):
+    """Numbers of the tokens of a text [T], from which the model itself makes the text for the whole call (Anima).
+
+    Rows share a call only where they share the text.
+    """
+
+    def in_common(self, key: str, fields: Fields, batch: Batch) -> Hashable:
+        return tuple(fields[key].flatten().tolist()), id(fields.get("cross_attn"))
+
+
 class NoiseAugmentation(Kind):
     """How far a model noises the picture it is given: it draws for the whole batch, so each row is sampled alone."""
 

@@ -6,6 +6,7 @@ SDXL_VAE = "vae/luna_demo_sdxl_taesd.safetensors"
 CLIP_VISION = "clip_vision/luna_demo_vit_l.safetensors"
 SD15_PLUS = "ipadapter/luna_demo_plus_sd15.safetensors"
 SD15_PLAIN = "ipadapter/luna_demo_plain_sd15.safetensors"
+SD15_LORA = "loras/luna_demo_few_steps_sd15.safetensors"
 SDXL_PLUS = "ipadapter/luna_demo_plus_sdxl.safetensors"
 SDXL_PLAIN = "ipadapter/luna_demo_plain_sdxl.safetensors"
 

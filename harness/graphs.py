@@ -13,6 +13,7 @@ WORKFLOWS = workspace.ROOT / "workflows"
 _Files = dict[tuple[str, str], str]
 SMALL_FILES: _Files = {
     ("CheckpointLoaderSimple", "ckpt_name"): assets.SD15_CHECKPOINT,
+    ("LoraLoaderModelOnly", "lora_name"): assets.SD15_LORA,
     ("CLIPVisionLoader", "clip_name"): assets.CLIP_VISION,
     ("LunaIPAdapterLoader", "ip_adapter_file"): assets.SD15_PLUS,
 }

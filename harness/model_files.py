@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.sd
 from safetensors.torch import save_file
 
 from harness import clip_files, denoiser, ip_adapter_files
@@ -17,6 +18,7 @@ from harness.assets import (
     FACES_CLIP_VISION,
     FACES_PLUS,
     SD15_CHECKPOINT,
+    SD15_LORA,
     SD15_PLAIN,
     SD15_PLUS,
     SDXL_PLAIN,
@@ -24,6 +26,7 @@ from harness.assets import (
     SDXL_UNET,
     SDXL_VAE,
 )
+from harness.lora_files import lora_file
 from harness.seeding import StateDict, to_half
 from harness.vae import build_vae
 from training import family as faces_family
@@ -40,6 +43,12 @@ def _sd15_checkpoint() -> StateDict:
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
+def _sd15_lora() -> StateDict:
+    """Changes the attention a little; it stands in for a few-step LoRA and teaches the model nothing."""
+    unet = comfy.sd.load_diffusion_model_state_dict(denoiser.build_unet(denoiser.SD15_CONFIG, "sd15"))
+    return lora_file(unet, "few steps")
+
+
 Builders = dict[str, Callable[[], StateDict]]
 
 _SYNTHETIC: Builders = {
@@ -49,6 +58,7 @@ _SYNTHETIC: Builders = {
     CLIP_VISION: clip_files.build_clip_vision,
     SD15_PLUS: lambda: ip_adapter_files.build_plus("sd15", CLIP_VISION_HIDDEN, denoiser.CHANNELS),
     SD15_PLAIN: lambda: ip_adapter_files.build_plain("sd15", CLIP_VISION_EMBED, denoiser.CHANNELS),
+    SD15_LORA: _sd15_lora,
     SDXL_PLUS: lambda: ip_adapter_files.build_plus("sdxl", CLIP_VISION_HIDDEN, denoiser.CHANNELS),
     SDXL_PLAIN: lambda: ip_adapter_files.build_plain("sdxl", CLIP_VISION_EMBED, denoiser.CHANNELS),
 }

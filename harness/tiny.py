@@ -117,6 +117,17 @@ def flux(in_channels: int = 16, text_width: int = 16) -> ModelPatcher:
     return ModelPatcher(model.eval(), torch.device("cpu"), torch.device("cpu"))
 
 
+def svd() -> ModelPatcher:
+    """A MODEL that takes the latents of a batch for the frames of a video: Stable Video Diffusion, without weights."""
+    config = {**denoiser.SD15_CONFIG, **_SMALL, "in_channels": 8, "context_dim": 1024, "adm_in_channels": 768}
+    config |= {"num_classes": "sequential", "use_temporal_attention": True, "use_temporal_resblock": True}
+    config |= {"merge_factor": 0.0, "merge_strategy": "learned_with_images", "video_kernel_size": [3, 1, 1]}
+    settings = comfy.supported_models.SVD_img2vid(config | {"extra_ff_mix_layer": True, "use_spatial_context": True})
+    settings.unet_config |= _SMALL
+    settings.set_inference_dtype(torch.float32, None)
+    return ModelPatcher(comfy.model_base.SVD_img2vid(settings, device="cpu"), torch.device("cpu"), torch.device("cpu"))
+
+
 def vae(family: Family = "sd15") -> Any:
     """A VAE: the analytic TAESD, small anyway."""
     scale = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family].latent_format()

@@ -296,7 +296,7 @@ def _has_torch(environment: Environment) -> bool:
 
 def _make_models(environment: Environment, family: str) -> None:
     """Small models; made anew when what they are made of changes."""
-    harness = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "model_files", "assets")
+    harness = ("seeding", "vae", "denoiser", "clip_files", "ip_adapter_files", "lora_files", "model_files", "assets")
     sources = [ROOT / "scripts" / "make_models.py"] + [ROOT / "harness" / f"{name}.py" for name in harness]
     training = ("family.py", "widen.py", "networks.py", "weights.py", "weights/faces.safetensors")
     sources += [ROOT / "training" / name for name in training if family == "faces"]

@@ -98,7 +98,7 @@ def check_models(model: ModelPatcher, vae: VAE, working_px: int) -> None:
     made, taken = getattr(vae, "latent_dim", 2), getattr(latent_format, "latent_dimensions", 2)
     if made != taken:
         raise LunaInputError(
-            f"vae makes latents of {made} dimensions, model takes {taken} (1 is sound, 2 are pictures, 3 are pictures or "
+            f"vae makes latents of {made} dimensions, model takes {taken} (1: sound, 2: pictures, 3: pictures or "
             "videos): use the vae that belongs to the model"
         )
     _check_stills(model, vae)
@@ -122,14 +122,28 @@ def _check_stills(model: ModelPatcher, vae: VAE) -> None:
         raise LunaInputError("model works on sound: Luna refines pictures, use an image model and its vae")
     if model.model.model_config.unet_config.get("use_temporal_attention"):
         raise LunaInputError(
-            "model takes a batch for the frames of a video (Stable Video Diffusion): its rows would see each other. Use "
-            "an image model"
+            "model takes a batch for the frames of a video (Stable Video Diffusion): its rows would see each other. "
+            "Use an image model"
         )
     if isinstance(getattr(vae.first_stage_model, "decoder", None), VideoDecoder):
         raise LunaInputError(
-            "vae takes a batch for the frames of a video (Stable Video Diffusion): its rows would see each other. Use "
-            "the vae of an image model"
+            "vae takes a batch for the frames of a video (Stable Video Diffusion): its rows would see each other. "
+            "Use the vae of an image model"
         )
+
+
+_MASKS_ARE_FRAMES = {"CosmosPredict2", "WAN22"}
+"""Classes of models in ComfyUI that read a latent mask as frames of a video which are given."""
+
+
+def mask_notices(model: ModelPatcher) -> list[str]:
+    """What is said where latents are masked on a model that is told less noise the less of its frame may change."""
+    if not _MASKS_ARE_FRAMES & {kind.__name__ for kind in type(model.model).__mro__}:
+        return []
+    return [
+        "ComfyUI tells this model less noise the less of a crop may change, because it reads a latent mask as frames "
+        "that are given: regions come out noisier. Turn mask_latent off, or leave out refined_mask"
+    ]
 
 
 _WHOLE_BATCH_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}

@@ -29,7 +29,16 @@ from ..ip_adapter import LayerWeights
 from ..sam3_bridge.from_masks import Picture, as_masks
 from . import inputs
 from .anchors import choose_anchors, choose_style, choose_words
-from .checks import cache_notices, check_depth, check_image, check_models, check_scaffold, latent_cell, range_notices
+from .checks import (
+    cache_notices,
+    check_depth,
+    check_image,
+    check_models,
+    check_scaffold,
+    latent_cell,
+    mask_notices,
+    range_notices,
+)
 from .refiner_inputs import choose_recipe
 from .schema import luna_schema, notice
 
@@ -157,6 +166,7 @@ class LunaChessRefiner(io.ComfyNode):
         device = working_device(recipe.model, image)
         engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style, clip)
         warnings += of_style + of_words + range_notices(image) + cache_notices(recipe.model)
+        warnings += [] if share is None else mask_notices(recipe.model)
         refined = refine(image, plan, rows, engine, PasteSettings(color_match=color_match), keep_mask=False)
         warnings += engine.notices
         return io.NodeOutput(_scaled(refined.image, output_scale), drawing, ui=notice(*warnings) if warnings else None)

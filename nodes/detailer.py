@@ -38,6 +38,7 @@ from .checks import (
     check_scaffold,
     fitted,
     latent_cell,
+    mask_notices,
     range_notices,
 )
 from .refiner_inputs import choose_recipe, crop_sizes
@@ -168,6 +169,7 @@ class LunaSemanticDetailer(io.ComfyNode):
         engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style, clip)
         warnings += size_notices(plan, crops) + _unused(concepts, found, bool(anchor or style), references)
         warnings += of_style + of_words + range_notices(image) + cache_notices(recipe.model)
+        warnings += mask_notices(recipe.model) if mask_latent else []
         if resting:
             warnings.append(f"denoise is 0 for {len(resting)} of {len(rows)} regions: they stay as they are")
         refined = refine(image, plan, rows, engine, PasteSettings(blend, color_match), keep_crops=True)

@@ -42,6 +42,7 @@ HEAD = 56  # a group's title
 COLUMN_GAP = 60
 GROUP_GAP = 40
 NOTE_SIZE = (400, 520)
+NOTE_HEIGHTS = {"fast_faces": 720}  # of longer notes
 NOTE_TITLE = "Start here"
 
 
@@ -63,6 +64,7 @@ class Place:
 PLACES = {
     "LoadImage": Place(1, "Picture", (360, 400)),
     "CheckpointLoaderSimple": Place(1, "Models", (360, 100)),
+    "LoraLoaderModelOnly": Place(1, "Models", (360, 82)),
     "CLIPVisionLoader": Place(1, "Models", (360, 60)),
     "LunaIPAdapterLoader": Place(1, "Models", (360, 60)),
     "LunaSAM3Loader": Place(1, "Models", (360, 60)),
@@ -106,7 +108,7 @@ class Layout:
     note: Box
 
 
-def lay_out(graph: Graph, least: Mapping[str, Sequence[float]]) -> Layout:
+def lay_out(graph: Graph, least: Mapping[str, Sequence[float]], note_height: float = NOTE_SIZE[1]) -> Layout:
     """Columns from left to right by role, groups from top to bottom; ``least`` is the page's least size of each node.
 
     Raises LayoutError where a kind of node has no place.
@@ -134,7 +136,7 @@ def lay_out(graph: Graph, least: Mapping[str, Sequence[float]]) -> Layout:
             groups[title] = (x, top, width + 2 * MARGIN, y - top)
             y += GROUP_GAP
         x += width + 2 * MARGIN + COLUMN_GAP
-    return Layout(nodes, groups, (0.0, float(TITLE), float(NOTE_SIZE[0]), float(NOTE_SIZE[1])))
+    return Layout(nodes, groups, (0.0, float(TITLE), float(NOTE_SIZE[0]), float(note_height)))
 
 
 def canvas_form(page: ComfyPage, name: str, graph: Graph) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def canvas_form(page: ComfyPage, name: str, graph: Graph) -> dict[str, Any]:
     page.reload()
     page.load_api(graph, name)
     least = page.browser.evaluate("Object.fromEntries(window.app.graph.nodes.map(n => [n.id, [...n.computeSize()]]))")
-    layout = lay_out(graph, least)
+    layout = lay_out(graph, least, NOTE_HEIGHTS.get(name, NOTE_SIZE[1]))
     page.browser.call(
         """(layout, colors, noteTitle, noteText, downloads) => {
             const { graph } = window.app
@@ -205,7 +207,7 @@ TRAINED = {
 }
 """Settings that suit those models."""
 
-CLOSE_UPS = {"sam3_face_detailer": "Regions"}
+CLOSE_UPS = {"sam3_face_detailer": "Regions", "fast_faces": "Models"}
 """Workflows whose models have no small stand-in: the picture shows this group of the graph instead of a run."""
 
 GRAPH_PICTURE = (3000, 1500)  # px

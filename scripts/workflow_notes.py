@@ -20,6 +20,11 @@ DOWNLOADS = {
             "url": f"{_HUB}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
             "directory": "clip_vision",
         },
+        {
+            "name": "lcm_lora_sdxl.safetensors",
+            "url": f"{_HUB}/latent-consistency/lcm-lora-sdxl/resolve/main/pytorch_lora_weights.safetensors",
+            "directory": "loras",
+        },
     )
 }
 """File name to what the web page offers to download where the file is missing."""
@@ -37,6 +42,10 @@ Any SDXL or SD1.5 checkpoint works; choose yours in **Models**. The workflow is 
 The last one is published as `model.safetensors`: rename it. For SD1.5 take `ip-adapter-plus_sd15.safetensors` and set \
 the sizes to 512. Without an IP-Adapter, delete both loaders.
 """
+
+_LORA_ROW = "| `lcm_lora_sdxl.safetensors` | `loras` |\n"
+_FEW_STEP_MODELS = _MODELS.replace("| `ip-adapter-plus_sdxl", f"{_LORA_ROW}| `ip-adapter-plus_sdxl")
+"""With the LoRA below the checkpoint."""
 
 _PAINT = """\
 1. Load your picture in **Picture**.
@@ -62,6 +71,29 @@ More `denoise` changes more: 0.3 to 0.5 is a good range. Out of memory: set `chu
 same.
 
 {_MODELS}""",
+    "fast_faces": f"""\
+# Fast faces
+The Semantic Detailer with a fraction of the usual work for each region. All regions share a sampling call with the \
+others of their size, and each is anchored by its own IP-Adapter embedding.
+
+{_PAINT}3. Say in **Prompts** what the regions have in common, then **Run**.
+
+| setting | here | usual | work of the UNet |
+|---|---|---|---|
+| `steps`, with the LoRA | 8 | 20 | 2.5 times less |
+| `cfg` | 1 | 6 | 2 times less |
+| `crop_size` | 0: automatic | 1024 | 4.3 times less at 512 px, 1.9 at 768 |
+
+At `cfg` 1 the negative prompt has no effect. With another LoRA (Turbo, Lightning, Hyper, DMD2) set `steps`, \
+`sampler_name` and `scheduler` to what its author names; without one, take the template `semantic_detailer`. To find \
+faces by words, take **Regions** of `sam3_face_detailer`.
+
+Out of memory: set `chunk_size` to 4, the result stays the same.
+
+{_FEW_STEP_MODELS}
+The LoRA is published as `pytorch_lora_weights.safetensors` in `latent-consistency/lcm-lora-sdxl`: rename it too. For \
+SD1.5 take the one in `latent-consistency/lcm-lora-sdv1-5`.
+""",
     "sam3_face_detailer": f"""\
 # SAM3 face detailer
 Finds what you name, then refines all that is found in one sampling call. Each region is anchored by its own \

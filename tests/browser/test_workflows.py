@@ -56,7 +56,7 @@ def is_widget(spec: list[Any]) -> bool:
 
 
 def test_the_names() -> None:
-    assert {"semantic_detailer", "chess_refiner", "full_pipeline"} <= set(NAMES)
+    assert {"semantic_detailer", "fast_faces", "chess_refiner", "full_pipeline"} <= set(NAMES)
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
     assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == NAMES
 

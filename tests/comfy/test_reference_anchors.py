@@ -24,9 +24,9 @@ from luna_refinement.picture.detections import Detections
 from torch import Tensor
 
 from harness import tiny
-from harness.edit_models import FAMILIES, lumina
 from harness.picture_text import picture_clip
 from harness.refining import BOXES, Studio, counting, detections, photograph
+from harness.still_models import FAMILIES
 
 BOUND = 1e-4
 EFFECT = 5e-5
@@ -38,10 +38,19 @@ USUAL = SAMPLING | {"ip_adapter": None, "clip_vision": None, "anchor_mode": "ref
 PICTURE = photograph(height=400, width=300)[:, 250:390, 40:240]
 
 
-@pytest.fixture(params=FAMILIES)
+def settings_of(name: str) -> dict[str, Any]:
+    """A refiner's model, vae and prompts of a family."""
+    family = FAMILIES[name]
+    prompts = {prompt: family.conditioning(prompt) for prompt in ("positive", "negative")}
+    return {"model": family.model(), "vae": family.vae(), **prompts}
+
+
+@pytest.fixture(params=["flux", "flux2", "omnigen2", "qwen_image", "z_image"])
 def family(request: pytest.FixtureRequest) -> dict[str, Any]:
     """A refiner's settings for one family."""
-    settings = FAMILIES[request.param].settings()
+    if not FAMILIES[request.param].is_known:
+        pytest.skip("this ComfyUI does not know the family")
+    settings = settings_of(request.param)
     if request.param == "z_image" and not reads_references(settings["model"]):
         pytest.skip("this ComfyUI's Z-Image reads no reference latents (added after 0.3.75)")
     return settings | USUAL
@@ -49,7 +58,7 @@ def family(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def flux() -> dict[str, Any]:
-    return FAMILIES["flux"].settings() | USUAL
+    return settings_of("flux") | USUAL
 
 
 def three(image: Tensor) -> Detections:
@@ -149,10 +158,9 @@ def test_one_row_is_what_reference_latent_and_a_ksampler_give(sd15: Studio, fami
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_references_that_a_prompt_carries_come_first(sd15: Studio, family: dict[str, Any], cfg: float) -> None:
-    channels = family["vae"].latent_channels
-    given = tuple(
-        torch.rand(1, channels, 6, width, generator=torch.Generator().manual_seed(width)) for width in (12, 16)
-    )
+    channels, *frames, _, _ = latent_shape(family["vae"], SIDE, SIDE)
+    generator = torch.Generator().manual_seed(5)
+    given = tuple(torch.randn(1, channels, *frames, 6, width, generator=generator) for width in (12, 16))
     settings = family | {name: referring(family[name], *given) for name in ("positive", "negative")} | {"cfg": cfg}
     mine = by_luna(sd15, "detail", settings)
     assert difference(mine, by_core(family | {"cfg": cfg}, "detail", given)) <= 1e-5
@@ -163,9 +171,9 @@ def test_references_that_a_prompt_carries_come_first(sd15: Studio, family: dict[
 def test_under_dual_guidance_the_negative_prompt_sees_no_reference(sd15: Studio) -> None:
     """What lies between the middle prompt and the negative is then the picture's part, as in core's OmniGen2 graphs."""
     family = FAMILIES["omnigen2"]
-    settings = family.settings() | USUAL
+    settings = settings_of("omnigen2") | USUAL
     model, latent = settings["model"], settings["vae"].encode(photograph(height=SIDE, width=SIDE))
-    middle = family.text("middle")
+    middle = family.conditioning("middle")
 
     def guider(*conds: list[Any]) -> Any:
         return DualCFGGuider.execute(model, *conds, 4.0, 2.0, "regular").result[0]
@@ -292,7 +300,7 @@ def test_an_unknown_mode_is_refused(sd15: Studio, flux: dict[str, Any], node: st
 def test_only_networks_that_take_references_are_said_to_read_them() -> None:
     """Lumina 2 shares a class with Z-Image, and Chroma inherits what Flux is handed, but neither network takes any."""
     assert not reads_references(tiny.unet())
-    assert not reads_references(lumina(z_image=False))
+    assert not reads_references(FAMILIES["lumina2"].model())
     chroma = tiny.flux()
     chroma.model.diffusion_model = comfy.model_base.comfy.ldm.chroma.model.Chroma.__new__(
         comfy.model_base.comfy.ldm.chroma.model.Chroma
@@ -349,7 +357,7 @@ class TestTextThatReadsThePicture:
         assert difference(mine, by_luna(sd15, "chess", by_hand)) > 1e-6
 
     def test_a_concepts_own_prompt_keeps_its_text(self, sd15: Studio, flux: dict[str, Any], clip: Any) -> None:
-        own = FAMILIES["flux"].text("of b")
+        own = FAMILIES["flux"].conditioning("of b")
         settings = flux | {"clip": clip, "prompt": "sharper", "cfg": 1.0}
         mixed = rows(sd15, settings, Concept("b", positive=own))
         assert difference(mixed[[0, 2]], rows(sd15, settings)[[0, 2]]) <= BOUND
@@ -360,7 +368,7 @@ class TestTextThatReadsThePicture:
         [
             ("clip is connected but prompt is empty", {"prompt": " "}),
             ("clip is 'clip': connect the CLIP", {"clip": "clip"}),
-            ("positive holds 2 prompts, but with clip one", {"positive": FAMILIES["flux"].text("a") * 2}),
+            ("positive holds 2 prompts, but with clip one", {"positive": FAMILIES["flux"].conditioning("a") * 2}),
             ("positive holds text 24 wide, model reads text 16 wide", {"clip": None}),
         ],
     )

@@ -184,6 +184,19 @@ def test_sides_that_are_no_multiple_of_8_keep_their_size(server: ComfyServer) ->
         (server.base / "input" / name).unlink()
 
 
+def test_the_fast_workflow_runs_with_its_lora_at_automatic_sizes(server: ComfyServer) -> None:
+    fast = {"steps": 2, "crop_size": 0, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "sgm_uniform"}
+    graph = workflow("fast_faces", **fast)
+    run = server.run(graph)
+    assert run.progress(node_id(graph, "LunaSemanticDetailer"))[-1] == (5 * 2, 5 * 2)
+    crops = [picture for key in ("11", "12") for picture in run.outputs[key]["images"]]
+    assert [server.image(picture).size for picture in crops] == [(512, 512)] * 10
+    assert server.log_about("lora key not loaded") == []  # what ComfyUI says of a part that fits no layer
+
+    without = change(graph, "LoraLoaderModelOnly", strength_model=0.0)
+    assert not np.array_equal(saved(server, run, graph), saved(server, server.run(without), without))
+
+
 @pytest.fixture(scope="session")
 def tiny_sam3(server: ComfyServer) -> str:
     """Name of a SAM3 folder with random weights in the server's models."""

@@ -1,6 +1,6 @@
 """How rows are anchored, and the rows of a plan with all that ComfyUI's objects give them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,13 @@ def rows_for(
     anchor: Anchor | None,
     concepts: Sequence[Concept] = (),
     style: Style | None = None,
+    references: bool = False,
+    words: Mapping[str, str] | None = None,
 ) -> tuple[Row, ...]:
-    """The rows of a plan with what recipe, anchor, concepts and style give each of them."""
+    """The rows of a plan with what recipe, anchor, concepts, style and references give each of them.
+
+    References and their words are those of ``resolve_rows``.
+    """
     guide = anchor or style  # which have the weights in common
-    if guide is None:
-        return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts)
-    return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, guide.weight, guide.layer_weights)
+    weight, layers = (None, LayerWeights()) if guide is None else (guide.weight, guide.layer_weights)
+    return resolve_rows(plan, recipe.conditioning, recipe.denoise, concepts, weight, layers, references, words)

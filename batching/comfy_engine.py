@@ -19,13 +19,15 @@ from .comfy_anchor import Anchor
 from .comfy_chunks import MAIN_MEMORY, rows_that_fit
 from .comfy_latents import decode_pictures, encode_hints_apart, encode_pictures, has_frames, with_frames
 from .comfy_masked import add_masked, encode_masked, reads_masked_picture
+from .comfy_picture_text import shown_pictures, with_picture_text
 from .comfy_progress import SamplingProgress
 from .comfy_recipe import Recipe, with_denoise
+from .comfy_reference import add_references, encode_references
 from .comfy_row_loras import RowLoras
 from .comfy_sampling import prepared_noise, sample_rows
 from .comfy_style import Style, StyleTokens
 from .conditioning import RowConditioning
-from .crops import resample
+from .crops import filling
 from .plan import RefinePlan, even_chunk
 from .row_start import RowStart
 from .rows import Conditioning, EncodedRow, MaskedPicture, Row
@@ -44,6 +46,7 @@ class ComfyEngine:
         chunk_size: rows per sampling call; 0 = as many as fit.
         device: where pictures are cut, decoded and pasted.
         style: how rows' pictures guide them through their text, or None.
+        clip: encodes the words of rows whose references have any.
 
     Raises:
         LunaInputError: a row's conditioning cannot be cut to it, its denoise contradicts the recipe, or its weight the
@@ -63,6 +66,7 @@ class ComfyEngine:
         chunk_size: int = 0,
         device: torch.device = MAIN_MEMORY,
         style: Style | None = None,
+        clip: Any = None,
     ):
         self.device = device
         self._recipe = recipe
@@ -70,6 +74,7 @@ class ComfyEngine:
         self._decoder.output_device = device  # what is decoded stays where it is pasted
         self._start = start
         self._anchor = anchor
+        self._clip = clip
         self._chunk_size = chunk_size
         at_work = [rows[number] for turn in plan.passes for number in turn]
         self._conditioning = RowConditioning(plan.width, plan.height, plan.image_count, start.cell, has_frames(vae))
@@ -96,19 +101,20 @@ class ComfyEngine:
 
     def encode(self, rows: Sequence[Row], crops: Tensor, views: Sequence[Tensor | None]) -> list[EncodedRow]:
         masked: Sequence[MaskedPicture | None] = [None] * len(rows)
+        size = (crops.shape[1], crops.shape[2])
         if self._reads_masked:
-            size = (crops.shape[1], crops.shape[2])
             masks = torch.stack([self._start.may_change(row.region, size) for row in rows])
             masked = encode_masked(self._vae, crops, masks)
         latents = encode_pictures(self._vae, crops)
-        return [row.encoded(*read) for row, *read in zip(rows, latents, masked, views, strict=True)]
+        references, shown = encode_references(self._vae, rows, latents, size), shown_pictures(rows, crops)
+        return [row.encoded(*read) for row, *read in zip(rows, latents, masked, views, references, shown, strict=True)]
 
     def anchor(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
-        anchored = list(rows)
+        anchored = [with_picture_text(self._clip, self._recipe.model, row) for row in rows]
         if self._anchor is not None:
-            seen = torch.stack([row.view for row in rows if row.view is not None])
+            seen = torch.stack([row.view for row in anchored if row.view is not None])
             embeds = encode_rows(self._anchor.adapter, self._anchor.clip_vision, seen)
-            anchored = [replace(row, embed=embeds.take([place])) for place, row in enumerate(rows)]
+            anchored = [replace(row, embed=embeds.take([place])) for place, row in enumerate(anchored)]
         return self._style.encode(anchored) if self._style else anchored
 
     def sample(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
@@ -128,7 +134,7 @@ class ComfyEngine:
         """What rows that share a sampling call have in common."""
         stack = row.loras if self._loras.needs_own_call(row.loras) else None
         texts = self._style.structure(row) if self._style else None
-        return row.denoise, stack, texts, self._conditioning.structure(row, _size(row))
+        return row.denoise, stack, texts, row.reference is None, self._conditioning.structure(row, _size(row))
 
     def _sample_call(self, rows: list[EncodedRow]) -> list[Tensor]:
         """Samples the rows of a call, in chunks where they do not fit."""
@@ -177,6 +183,7 @@ class ComfyEngine:
         conditioning = self._conditioning.for_rows(rows, _size(rows[0]))
         encode_hints_apart(conditioning)
         add_masked(conditioning, rows, self._reads_masked)
+        add_references(conditioning, rows)
         if self._style:
             self._style.add(conditioning, rows, _size(rows[0]))
         return conditioning
@@ -207,13 +214,10 @@ def _size(row: EncodedRow) -> tuple[int, int]:
 
 
 def _anchor_picture(row: Row, crop: Tensor) -> Tensor:
-    """The crop, or the row's own picture, centre-cropped to the crop's shape."""
+    """The crop, or the row's own picture, centre-cropped to the crop's aspect."""
     if row.anchor is None or row.anchor.picture is None:
         return crop
-    picture = row.anchor.picture.to(crop)
-    side = min(picture.shape[:2])
-    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
-    return resample(picture[top : top + side, left : left + side], crop.shape[0], crop.shape[1])
+    return filling(row.anchor.picture.to(crop), crop.shape[0], crop.shape[1])
 
 
 def _no_room(row: Row) -> LunaRuntimeError:

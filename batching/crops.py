@@ -37,6 +37,14 @@ def resample(image: Tensor, height: int, width: int) -> Tensor:
     return rearrange(planes, "c h w -> h w c").clamp_(0, 1)
 
 
+def filling(image: Tensor, height: int, width: int) -> Tensor:
+    """The middle of one image [H,W,C] that has the aspect of ``height`` x ``width``, resampled to them."""
+    rows = max(1, min(image.shape[0], round(image.shape[1] * height / width)))
+    columns = max(1, min(image.shape[1], round(image.shape[0] * width / height)))
+    top, left = (image.shape[0] - rows) // 2, (image.shape[1] - columns) // 2
+    return resample(image[top : top + rows, left : left + columns], height, width)
+
+
 def cut(image: Tensor, crop: Box, height: int, width: int) -> Tensor:
     """Cuts ``crop`` out of one image [H,W,C] and resamples it to [height,width,C]; px past the border are mirrored."""
     rows, columns = image.shape[:2]

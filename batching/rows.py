@@ -3,9 +3,9 @@
 A new setting per row is a field of ``Row`` and a line of ``resolve_rows``.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -15,6 +15,11 @@ from .plan import RefinePlan, Region
 
 Conditioning = dict[str, list[Any]]
 """ComfyUI conditioning by the guider's own names: lists of [text, fields]."""
+
+AnchorMode = Literal["ip_adapter", "reference", "both"]
+"""What anchors rows: an image embedding, a reference latent of their own, or both."""
+
+ANCHOR_MODES: tuple[AnchorMode, ...] = get_args(AnchorMode)
 
 _KEEPS_ALL = Concept("*")
 _EVEN = LayerWeights()
@@ -34,6 +39,19 @@ class RowAnchor:
 
 
 @dataclass(frozen=True, eq=False)
+class RowReference:
+    """That a row is given a reference latent of its own.
+
+    Attributes:
+        picture: [H,W,C] it is made of, or None for the row's own latent.
+        words: of prompts that are encoded together with the picture, by the prompts' names.
+    """
+
+    picture: Tensor | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """A region and all that is its own.
 
@@ -42,7 +60,8 @@ class Row:
         conditioning: of the whole picture; rows may share one.
         denoise: share of the schedule, 0..1; None where the noise levels were given as sigmas.
         loras: added to the model for this row, in this order.
-        anchor: None where text alone guides the row.
+        anchor: None where no image embedding guides the row.
+        reference: None where no reference latent of its own guides it.
     """
 
     region: Region
@@ -50,17 +69,24 @@ class Row:
     denoise: float | None = None
     loras: tuple[Lora, ...] = ()
     anchor: RowAnchor | None = None
+    reference: RowReference | None = None
 
     @property
     def seed(self) -> int:
         return self.region.seed
 
     def encoded(
-        self, latent: Tensor, masked: "MaskedPicture | None" = None, view: Tensor | None = None
+        self,
+        latent: Tensor,
+        masked: "MaskedPicture | None" = None,
+        view: Tensor | None = None,
+        reference_latent: Tensor | None = None,
+        shown: Tensor | None = None,
     ) -> "EncodedRow":
         """The row with what the VAE made of its crop."""
-        own = {field.name: getattr(self, field.name) for field in fields(Row)}
-        return EncodedRow(latent=latent, masked=masked, view=view, **own)
+        own = {each.name: getattr(self, each.name) for each in fields(Row)}
+        made = {"latent": latent, "masked": masked, "view": view, "reference_latent": reference_latent, "shown": shown}
+        return EncodedRow(**made, **own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +110,8 @@ class EncodedRow(Row):
         latent: [c,h,w], or [c,1,h,w] of models whose latents have frames.
         masked: for models that read it.
         view: [s,s,3], what the image encoder sees, for a row with an anchor.
+        reference_latent: of the latent's shape, for a row with a reference.
+        shown: [h,w,3], what the text encoder sees, for a row whose reference has words.
         embed: one image embedding, made of the view before the row is sampled.
         style: [T,D], tokens of the view that stand behind the row's text, made likewise.
     """
@@ -91,6 +119,8 @@ class EncodedRow(Row):
     latent: Tensor
     masked: MaskedPicture | None = None
     view: Tensor | None = None
+    reference_latent: Tensor | None = None
+    shown: Tensor | None = None
     embed: RowEmbeds | None = None
     style: Tensor | None = None
 
@@ -102,6 +132,8 @@ def resolve_rows(
     concepts: Sequence[Concept] = (),
     anchor_weight: float | None = None,
     layer_weights: LayerWeights = _EVEN,
+    references: bool = False,
+    words: Mapping[str, str] | None = None,
 ) -> tuple[Row, ...]:
     """One row for each region of a plan, in their order.
 
@@ -112,17 +144,25 @@ def resolve_rows(
         concepts: settings by label; the first that matches counts.
         anchor_weight: of rows without one of their own; None where rows are not anchored.
         layer_weights: whose curve runs over the rows of each picture.
+        references: give each row a reference latent, unless its concept sets the weight of its anchor to 0.
+        words: of prompts that are encoded with each reference's picture; prompts of concepts keep their text.
     """
     conditionings = {concept: conditioning | _prompts(concept) for concept in (*concepts, _KEEPS_ALL)}
+    pictures = {concept: concept.image[0, ..., :3] for concept in concepts if concept.image is not None}
     rows = []
     for region, factor in zip(plan.regions, _row_factors(plan, layer_weights), strict=True):
         own = next((concept for concept in concepts if concept.matches(region.label)), _KEEPS_ALL)
+        picture = pictures.get(own)
         anchor = None
         if anchor_weight is not None:
             weight = anchor_weight if own.ip_adapter_weight is None else own.ip_adapter_weight
-            anchor = RowAnchor(weight * factor, None if own.image is None else own.image[0, ..., :3])
+            anchor = RowAnchor(weight * factor, picture)
+        reference = None
+        if references and own.ip_adapter_weight != 0:
+            given = _prompts(own)
+            reference = RowReference(picture, {name: said for name, said in (words or {}).items() if name not in given})
         own_denoise = denoise if own.denoise is None else own.denoise
-        rows.append(Row(region, conditionings[own], own_denoise, own.loras, anchor))
+        rows.append(Row(region, conditionings[own], own_denoise, own.loras, anchor, reference))
     return tuple(rows)
 
 

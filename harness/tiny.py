@@ -43,7 +43,7 @@ def seed_weights(module: nn.Module, *name: object) -> None:
             if parameter.ndim > 1:
                 gain = 0.3 if key.endswith(_BRANCH_ENDS) else 1.0
                 parameter.copy_(fan_in_scaled(parameter.shape, generator, gain))
-            elif key.endswith("weight"):
+            elif key.endswith(("weight", "scale")):  # older releases name the weight of Flux' norms so
                 parameter.fill_(1)
             else:
                 parameter.zero_()

@@ -1,17 +1,96 @@
-"""The choice between anchored rows and text only."""
+"""What anchors rows: image embeddings, reference latents, both, or text only."""
 
 from typing import Any
 
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 
 from ..batching.comfy_anchor import Anchor
+from ..batching.comfy_picture_text import reads_pictures
+from ..batching.comfy_recipe import Recipe
+from ..batching.comfy_reference import reads_references
 from ..batching.comfy_style import Style, check_style, reads_style
+from ..batching.rows import ANCHOR_MODES, AnchorMode
 from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_adapter import as_ip_adapter
 from ..ip_adapter.comfy_encode import check_compatible
 from ..ip_adapter.comfy_patch import layers_for, model_supports_anchoring
+from ..values import shown
+
+_TEXT_ONLY = "regions are refined from text only, without anchors"
+_HINT = "; if it was trained on reference latents, as Flux Kontext was, anchor_mode reference anchors them"
+
+
+def choose_anchors(
+    mode: AnchorMode,
+    model: ModelPatcher,
+    ip_adapter: Any,
+    clip_vision: ClipVisionModel | None,
+    weight: float,
+    start_percent: float,
+    end_percent: float,
+    layer_weights: LayerWeights | None,
+    style: Style | None = None,
+) -> tuple[Anchor | None, bool, list[str]]:
+    """The IP-Adapter's anchor or None, whether rows get reference latents, and the reasons for what cannot act.
+
+    A ``style`` anchors rows too, whatever the mode.
+
+    Raises:
+        LunaInputError: there is no such mode, the inputs contradict each other, or do not fit together.
+    """
+    if mode not in ANCHOR_MODES:
+        raise LunaInputError(f"anchor_mode is {shown(mode)}: choose one of {', '.join(ANCHOR_MODES)}")
+    able = reads_references(model)
+    references = able and mode != "ip_adapter"
+    anchor, reasons = None, []
+    if mode == "reference":
+        if ip_adapter is not None:
+            reasons.append("ip_adapter does not act, because anchor_mode is reference")
+    elif ip_adapter is not None or style is None:
+        anchor, reason = choose_anchor(
+            model, ip_adapter, clip_vision, weight, start_percent, end_percent, layer_weights
+        )
+        reasons += [reason] if reason else []
+    if mode != "ip_adapter" and not able:
+        reasons.append(f"model reads no reference latents, which anchor_mode {mode} needs")
+    if reasons and anchor is None:
+        left = [name for name, acts in (("reference latents", references), ("style_model", style)) if acts]
+        end = f"{' and '.join(left)} alone anchor{'' if references else 's'} the regions" if left else _TEXT_ONLY
+        reasons[-1] += f": {end}{_HINT if able and not left else ''}"
+    return anchor, references, reasons
+
+
+def choose_words(clip: CLIP | None, prompt: str, references: bool, recipe: Recipe) -> tuple[dict[str, str], list[str]]:
+    """The words to encode with the picture of each row's reference, by prompt, and why clip or prompt do not act.
+
+    Raises:
+        LunaInputError: there are no words, or a prompt has several parts, of which none can be told to have them.
+    """
+    if clip is None:
+        return {}, ["prompt acts only with clip: the text of positive stays"] if prompt.strip() else []
+    if not hasattr(clip, "tokenizer"):
+        raise LunaInputError(f"clip is {shown(clip)}: connect the CLIP of the model's text encoder")
+    if not references:
+        return {}, ["clip does not act, because regions have no reference latents: the prompts keep their text"]
+    if not reads_pictures(clip):
+        return {}, ["clip does not act, because its tokenizer reads no pictures: the prompts keep their text"]
+    if not prompt.strip():
+        raise LunaInputError(
+            "clip is connected but prompt is empty: write the words of positive into prompt, since a conditioning does "
+            "not carry them, or disconnect clip"
+        )
+    words = {name: said for name, said in (("positive", prompt), ("negative", "")) if name in recipe.conditioning}
+    for name in words:
+        parts = len(recipe.conditioning[name])
+        if parts != 1:
+            raise LunaInputError(
+                f"{name} holds {parts} prompts, but with clip one text takes its place: connect a single one, or "
+                "disconnect clip"
+            )
+    return words, []
 
 
 def choose_anchor(
@@ -22,17 +101,14 @@ def choose_anchor(
     start_percent: float,
     end_percent: float,
     layer_weights: LayerWeights | None,
-    style: Style | None = None,
-) -> tuple[Anchor | None, list[str]]:
-    """The anchor to use, or None with the reasons why rows go by text only; a ``style`` anchors them too.
+) -> tuple[Anchor | None, str | None]:
+    """The IP-Adapter's anchor, or None with the reason why it cannot act.
 
     Raises:
         LunaInputError: the inputs contradict each other, or adapter, encoder and model do not fit together.
     """
-    if ip_adapter is None and style is not None:
-        return None, []
     if ip_adapter is None:
-        return None, ["ip_adapter is not connected: regions are refined from text only, without anchors"]
+        return None, "ip_adapter is not connected"
     if clip_vision is None:
         raise LunaInputError(
             "ip_adapter is connected but clip_vision is not: connect Load CLIP Vision with the encoder "
@@ -43,13 +119,12 @@ def choose_anchor(
             f"ip_adapter_start is {start_percent} and ip_adapter_end {end_percent}: the end must not come first"
         )
     if not model_supports_anchoring(model):
-        left = "text only, without anchors" if style is None else "style_model alone anchors the regions"
-        return None, [f"model has no UNet cross-attention, so ip_adapter cannot act on it: {left}"]
+        return None, "model has no UNet cross-attention, so ip_adapter cannot act on it"
     adapter = as_ip_adapter(ip_adapter)
     check_compatible(model, adapter, clip_vision)
     layer_weights = layer_weights or LayerWeights()
     layer_weights.resolve(layers_for(model, adapter))
-    return Anchor(adapter, clip_vision, weight, start_percent, end_percent, layer_weights), []
+    return Anchor(adapter, clip_vision, weight, start_percent, end_percent, layer_weights), None
 
 
 def choose_style(

@@ -6,7 +6,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider, Sampler
-from comfy.sd import VAE, StyleModel
+from comfy.sd import CLIP, VAE, StyleModel
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -22,12 +22,13 @@ from ..batching.pasting import PasteSettings
 from ..batching.refine import refine
 from ..batching.resting import without_px
 from ..batching.row_start import RowStart
+from ..batching.rows import AnchorMode
 from ..batching.upscale import scale_image
 from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..sam3_bridge.from_masks import Picture, as_masks
 from . import inputs
-from .anchors import choose_anchor, choose_style
+from .anchors import choose_anchors, choose_style, choose_words
 from .checks import (
     cache_notices,
     check_depth,
@@ -90,7 +91,9 @@ class LunaChessRefiner(io.ComfyNode):
                 ),
                 inputs.color_match(),
                 *inputs.custom_sampling(),
+                inputs.anchor_mode(),
                 inputs.style_model(),
+                *inputs.picture_text(),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The refined picture."),
@@ -130,7 +133,10 @@ class LunaChessRefiner(io.ComfyNode):
         guider: CFGGuider | None = None,
         sampler: Sampler | None = None,
         sigmas: Tensor | None = None,
+        anchor_mode: AnchorMode = "ip_adapter",
         style_model: StyleModel | None = None,
+        clip: CLIP | None = None,
+        prompt: str = "",
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
@@ -147,16 +153,19 @@ class LunaChessRefiner(io.ComfyNode):
         check_prompts(recipe.model, recipe.conditioning)
         strength = (ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights)
         style, of_style = choose_style(recipe.model, style_model, clip_vision, *strength)
-        anchor, warnings = choose_anchor(recipe.model, ip_adapter, clip_vision, *strength, style)
+        anchor, references, warnings = choose_anchors(
+            anchor_mode, recipe.model, ip_adapter, clip_vision, *strength, style
+        )
+        words, of_words = choose_words(clip, prompt, references, recipe)
         cell = vae.spacial_compression_encode()
         share = _denoise_share(refined_mask, refined_strength, image)
         if share is not None:
             plan = without_px(plan, share, least_share(recipe), cell)
-        rows = rows_for(plan, recipe, anchor, style=style)
+        rows = rows_for(plan, recipe, anchor, (), style, references, words)
         start = RowStart(cell, noise_scaffold=check_scaffold(noise_scaffold, vae, image), denoise_share=share)
         device = working_device(recipe.model, image)
-        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style)
-        warnings += of_style + range_notices(image) + cache_notices(recipe.model)
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style, clip)
+        warnings += of_style + of_words + range_notices(image) + cache_notices(recipe.model)
         warnings += [] if share is None else mask_notices(recipe.model)
         refined = refine(image, plan, rows, engine, PasteSettings(color_match=color_match), keep_mask=False)
         warnings += engine.notices

@@ -6,7 +6,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider, Sampler
-from comfy.sd import VAE, StyleModel
+from comfy.sd import CLIP, VAE, StyleModel
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -25,10 +25,11 @@ from ..batching.plan import RefinePlan
 from ..batching.refine import crop_batch, refine
 from ..batching.resting import without_rows
 from ..batching.row_start import RowStart
+from ..batching.rows import AnchorMode
 from ..ip_adapter import LayerWeights
 from ..picture.detections import Detections
 from . import inputs
-from .anchors import choose_anchor, choose_style
+from .anchors import choose_anchors, choose_style, choose_words
 from .checks import (
     cache_notices,
     check_depth,
@@ -87,7 +88,9 @@ class LunaSemanticDetailer(io.ComfyNode):
                     tooltip="Prompt, anchor, denoise or LoRA by the label of a detection (Luna Concept).",
                 ),
                 *inputs.custom_sampling(),
+                inputs.anchor_mode(),
                 inputs.style_model(),
+                *inputs.picture_text(),
             ],
             outputs=[
                 io.Image.Output("refined_image", display_name="image", tooltip="The picture with refined regions."),
@@ -132,13 +135,16 @@ class LunaSemanticDetailer(io.ComfyNode):
         guider: CFGGuider | None = None,
         sampler: Sampler | None = None,
         sigmas: Tensor | None = None,
+        anchor_mode: AnchorMode = "ip_adapter",
         style_model: StyleModel | None = None,
+        clip: CLIP | None = None,
+        prompt: str = "",
     ) -> io.NodeOutput:
         check_image(image)
         count, height, width, _ = image.shape
         settings = SamplingSettings(seed, steps, cfg, sampler_name, scheduler, denoise)
         recipe = choose_recipe(model, positive, negative, settings, guider, sampler, sigmas)
-        sizes = crop_sizes(recipe.model, vae)
+        sizes = crop_sizes(recipe.model, vae, anchor_mode != "ip_adapter")
         crops = CropSettings(crop_size, padding, feather, mask_mode, overlap_mode, latent_cell(vae), sizes)
         found = fitted(detections, image)
         plan = plan_detections(found.items, width, height, count, crops, seed)
@@ -146,8 +152,11 @@ class LunaSemanticDetailer(io.ComfyNode):
             return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))
         strength = (ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights)
         style, of_style = choose_style(recipe.model, style_model, clip_vision, *strength)
-        anchor, warnings = choose_anchor(recipe.model, ip_adapter, clip_vision, *strength, style)
-        rows = rows_for(plan, recipe, anchor, concepts, style)
+        anchor, references, warnings = choose_anchors(
+            anchor_mode, recipe.model, ip_adapter, clip_vision, *strength, style
+        )
+        words, of_words = choose_words(clip, prompt, references, recipe)
+        rows = rows_for(plan, recipe, anchor, concepts, style, references, words)
         resting = {row.region.row for row in rows if row.denoise == 0}
         if len(resting) == len(rows):
             return _unchanged(image, plan, notice("denoise is 0: the picture passes through unchanged"))
@@ -157,9 +166,9 @@ class LunaSemanticDetailer(io.ComfyNode):
         check_prompts(recipe.model, recipe.conditioning, concepts)
         start = RowStart(vae.spacial_compression_encode(), mask_latent, check_scaffold(noise_scaffold, vae, image))
         device = working_device(recipe.model, image)
-        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style)
-        warnings += size_notices(plan, crops) + _unused(concepts, found, anchored=bool(anchor or style))
-        warnings += of_style + range_notices(image) + cache_notices(recipe.model)
+        engine = ComfyEngine(recipe, vae, plan, rows, start, anchor, chunk_size, device, style, clip)
+        warnings += size_notices(plan, crops) + _unused(concepts, found, bool(anchor or style), references)
+        warnings += of_style + of_words + range_notices(image) + cache_notices(recipe.model)
         warnings += mask_notices(recipe.model) if mask_latent else []
         if resting:
             warnings.append(f"denoise is 0 for {len(resting)} of {len(rows)} regions: they stay as they are")
@@ -174,12 +183,15 @@ class LunaSemanticDetailer(io.ComfyNode):
         )
 
 
-def _unused(concepts: tuple[Concept, ...], found: Detections, anchored: bool) -> list[str]:
+def _unused(concepts: tuple[Concept, ...], found: Detections, anchored: bool, references: bool) -> list[str]:
     """What of the concepts has no effect on this run."""
     idle = [concept for concept in concepts if not any(concept.matches(item.label) for item in found)]
     labels = ", ".join(sorted({item.label or "(none)" for item in found}))
     warnings = [f"concept '{concept.match}' matches no detection; their labels: {labels}" for concept in idle]
-    if not anchored and any(c.image is not None or c.ip_adapter_weight is not None for c in concepts):
+    weighed = [concept.ip_adapter_weight for concept in concepts if concept.ip_adapter_weight is not None]
+    if references and not anchored and any(weighed):
+        warnings.append("concepts set ip_adapter_weight, but a reference latent has no strength: only 0, no reference")
+    if not (anchored or references) and (weighed or any(concept.image is not None for concept in concepts)):
         warnings.append("concepts set an anchor, but rows are not anchored: connect ip_adapter and clip_vision")
     return warnings
 

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..batching.color import COLOR_MATCHES
 from ..batching.crop_plan import AUTO_SIZES, LARGER_AUTO_SIZES, MASK_MODES, OVERLAP_MODES
+from ..batching.rows import ANCHOR_MODES
 from .schema import IPAdapterType, LunaLayerWeightsType
 
 
@@ -199,6 +200,17 @@ def anchor(weight: float) -> list[Any]:
     ]
 
 
+def anchor_mode() -> Any:
+    return io.Combo.Input(
+        "anchor_mode",
+        options=list(ANCHOR_MODES),
+        default="ip_adapter",
+        optional=True,
+        tooltip="What anchors each region. reference: its own latent as a reference latent, for models trained on "
+        "these (Flux Kontext, Flux.2, Qwen-Image-Edit, OmniGen2, Z-Image Omni); needs no ip_adapter. both: both.",
+    )
+
+
 def style_model() -> Any:
     return io.StyleModel.Input(
         "style_model",
@@ -206,6 +218,28 @@ def style_model() -> Any:
         tooltip="Flux Redux: tokens of each region's own picture follow its text, as strong as ip_adapter_weight says "
         "(1 = ComfyUI's strength 1). clip_vision must be the SigLIP it was trained with.",
     )
+
+
+def picture_text() -> list[Any]:
+    """clip and prompt of text encoders that read pictures."""
+    return [
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip="For anchor_mode reference and both on models whose text reads the picture (Qwen-Image-Edit): "
+            "prompt is encoded anew for each region, together with its picture, and takes the place of positive's "
+            "text; no words and the picture take that of negative's.",
+        ),
+        io.String.Input(
+            "prompt",
+            default="",
+            multiline=True,
+            dynamic_prompts=True,
+            optional=True,
+            tooltip="The words of positive, used only with clip: a conditioning does not carry the words it was made "
+            "of.",
+        ),
+    ]
 
 
 def scaffold() -> Any:

@@ -13,23 +13,33 @@ from torch import Tensor
 from ..batching.comfy_chunks import row_bytes
 from ..batching.comfy_latents import latent_shape
 from ..batching.comfy_recipe import Recipe, SamplingSettings, ksampler_recipe
+from ..batching.comfy_reference import FIELD as REFERENCES
 from ..batching.crop_plan import AUTO_SIZES, LARGER_AUTO_SIZES
 from ..errors import LunaInputError
 from ..values import shown
 from .checks import is_plain
 
 
-def crop_sizes(model: ModelPatcher, vae: VAE) -> tuple[int, ...]:
+def crop_sizes(model: ModelPatcher, vae: VAE, references: bool = False) -> tuple[int, ...]:
     """Working sizes (px) that crop_size 0 chooses from on this model, rising.
 
     Beyond the usual ones those of which a row fits in the device's memory beside the model. The whole memory counts,
     not what is free just now: the same inputs must get the same size in every run.
+
+    Args:
+        model, vae: ComfyUI MODEL and VAE.
+        references: each row reads a reference latent of its own size.
     """
+
+    def needed(shape: tuple[int, ...]) -> int:
+        own = {REFERENCES: [torch.empty(1, *shape, device="meta")]} if references else {}
+        return row_bytes(model, shape, {"positive": [[None, own]]})
+
     if not isinstance(vae.spacial_compression_encode(), int):
         return AUTO_SIZES
     room = comfy.model_management.get_total_memory(model.load_device) - model.model_size()
     shapes = {size: latent_shape(vae, size, size) for size in LARGER_AUTO_SIZES}
-    return AUTO_SIZES + tuple(size for size, shape in shapes.items() if row_bytes(model, shape) <= room)
+    return AUTO_SIZES + tuple(size for size, shape in shapes.items() if needed(shape) <= room)
 
 
 def _falls(sigmas: Tensor) -> bool:

@@ -16,6 +16,7 @@ import comfy.supported_models
 import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness import denoiser, ip_adapter_files
@@ -42,7 +43,7 @@ def seed_weights(module: nn.Module, *name: object) -> None:
             if parameter.ndim > 1:
                 gain = 0.3 if key.endswith(_BRANCH_ENDS) else 1.0
                 parameter.copy_(fan_in_scaled(parameter.shape, generator, gain))
-            elif key.endswith("weight"):
+            elif key.endswith(("weight", "scale")):  # older releases name the weight of Flux' norms so
                 parameter.fill_(1)
             else:
                 parameter.zero_()
@@ -83,11 +84,15 @@ def unet(
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def flux(in_channels: int = 16) -> ModelPatcher:
+FLUX_HIDDEN, FLUX_HEADS = 32, 2
+
+
+def flux(in_channels: int = 16, double: int = 1, single: int = 1) -> ModelPatcher:
     """A MODEL that is no UNet: ComfyUI's own Flux with one block of each kind.
 
     Args:
         in_channels: 32 makes a depth or canny model, 96 a fill model.
+        double, single: blocks of each kind.
     """
     config: dict[str, Any] = {
         "image_model": "flux",
@@ -95,11 +100,11 @@ def flux(in_channels: int = 16) -> ModelPatcher:
         "out_channels": 16,
         "vec_in_dim": 16,
         "context_in_dim": 16,
-        "hidden_size": 32,
+        "hidden_size": FLUX_HIDDEN,
         "mlp_ratio": 2.0,
-        "num_heads": 2,
-        "depth": 1,
-        "depth_single_blocks": 1,
+        "num_heads": FLUX_HEADS,
+        "depth": double,
+        "depth_single_blocks": single,
         "axes_dim": [4, 6, 6],
         "theta": 10000,
         "patch_size": 2,
@@ -113,6 +118,42 @@ def flux(in_channels: int = 16) -> ModelPatcher:
     model = comfy.model_base.Flux(settings, device="cpu")
     seed_weights(model.diffusion_model, "tiny flux", *([in_channels] if in_channels != 16 else []))
     return ModelPatcher(model.eval(), torch.device("cpu"), torch.device("cpu"))
+
+
+def flux_conditioning(name: str, tokens: int = 8) -> list[list[Any]]:
+    """A CONDITIONING for ``flux``, with made-up text embeddings."""
+    generator = generator_for("flux text", name)
+    fields = {"pooled_output": torch.randn(1, 16, generator=generator), "guidance": 3.5}
+    return [[torch.randn(1, tokens, 16, generator=generator), fields]]
+
+
+def siglip(folder: Path, width: int = 48, image_size: int = 56) -> tuple[Any, Path]:
+    """A CLIP_VISION of the SigLIP kind, and a file of its weights with the pooling head that ComfyUI leaves out."""
+    config = {
+        "hidden_size": width,
+        "image_size": image_size,
+        "patch_size": 14,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * width,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_channels": 3,
+        "model_type": "siglip_vision_model",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    path = folder / f"tiny_siglip_{width}_{image_size}.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    model = comfy.clip_vision.ClipVisionModel(str(path))
+    seed_weights(model.model, "tiny siglip", width)
+    generator = generator_for("tiny siglip norm", width)
+    norm = model.model.vision_model.post_layernorm.weight
+    with torch.no_grad():
+        norm.copy_(1 + 0.1 * torch.randn(norm.shape, generator=generator))
+    weights = model.get_sd() | ip_adapter_files.build_pooling_head(width)
+    file = folder / f"tiny_siglip_{width}.safetensors"
+    save_file({key: value.contiguous() for key, value in weights.items()}, file)
+    return model, file
 
 
 def vae(family: Family = "sd15") -> Any:

@@ -4,29 +4,41 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.ip_adapter.anchors import ANCHORS
-from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, _from_weights
 from luna_refinement.ip_adapter.comfy_patch import layers_for, patch_model, unanchored
 from luna_refinement.ip_adapter.embeds import RowEmbeds
-from luna_refinement.ip_adapter.files import split_weights
 from luna_refinement.ip_adapter.layer_weights import parse_layer_weights
 from torch import Tensor
 
 from harness import tiny
 from harness.anchored_sampling import adapter as unet_adapter
-from harness.anchored_sampling import change, plain_guider
+from harness.anchored_sampling import change
 from harness.flux_reference import FluxReference, ImagePrompts, euler
-from harness.ip_adapter_files import FLUX_CROSS, build_instantx, build_xlabs
-from harness.seeding import StateDict, generator_for
+from harness.flux_sampling import (
+    DOUBLE,
+    HEIGHT,
+    KINDS,
+    NOISE,
+    PROMPTS,
+    ROWS,
+    SINGLE,
+    WIDTH,
+    adapter,
+    embeds,
+    file_of,
+    load,
+    network,
+    sample,
+    sigmas_of,
+)
+from harness.ip_adapter_files import build_xlabs
+from harness.seeding import generator_for
 
-DOUBLE, SINGLE, ROWS, HEIGHT, WIDTH = 2, 2, 3, 8, 12
-KINDS = ("xlabs", "instantx")
 BOUND = 2e-5  # float32 rounding of two implementations over three steps
 ACTS = 1e-3  # a change no rounding makes
 WEIGHT = torch.tensor([1.0, 0.4, 1.6])
@@ -36,40 +48,9 @@ NEEDS_ATTENTION_PATCHES = pytest.mark.skipif(
 )
 
 
-def file_of(kind: str) -> StateDict:
-    if kind == "xlabs":
-        return build_xlabs(tiny.CLIP_POOLED, tiny.FLUX_HIDDEN, DOUBLE)
-    return build_instantx(tiny.CLIP_POOLED, tiny.FLUX_HIDDEN, DOUBLE + SINGLE)
-
-
-def adapter(kind: str) -> IPAdapter:
-    return _from_weights(split_weights(file_of(kind), f"{kind}.safetensors"))
-
-
-def embeds(rows: int = ROWS, name: str = "pictures") -> RowEmbeds:
-    """Image tokens that differ from row to row, and those of no picture."""
-    cond, uncond = (torch.randn(count, 4, FLUX_CROSS, generator=generator_for(name, count)) for count in (rows, 1))
-    return RowEmbeds(cond, uncond)
-
-
-PROMPTS = {name: tiny.flux_conditioning(name) for name in ("positive", "negative")}
-NOISE = torch.randn(ROWS, 16, HEIGHT, WIDTH, generator=generator_for("flux latents"))
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny.flux(double=DOUBLE, single=SINGLE)
-
-
-def sigmas_of(model: Any) -> Tensor:
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 3)
-
-
-def sample(model: Any, cfg: float = 3.0, noise: Tensor = NOISE, prompts: dict[str, Any] | None = None) -> Tensor:
-    guider = plain_guider(model, prompts or PROMPTS, cfg)
-    sampler = comfy.samplers.sampler_object("euler")
-    with torch.inference_mode():
-        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas_of(model), disable_pbar=True, seed=1)
+    return network()
 
 
 def by_formula(
@@ -299,6 +280,6 @@ class TestWhatDoesNotFit:
         for single, double, kind in ((SINGLE, 1, "xlabs"), (1, DOUBLE, "instantx")):
             with pytest.raises(LunaInputError, match=r"layers 32 wide for Flux' blocks, model has .* of 32"):
                 layers_for(tiny.flux(double=double, single=single), adapter(kind))
-        wide = _from_weights(split_weights(build_xlabs(8, 64, DOUBLE), "wide"))
+        wide = load(build_xlabs(8, 64, DOUBLE), "wide")
         with pytest.raises(LunaInputError, match="2 layers 64 wide for Flux' blocks, model has 2 of 32"):
             layers_for(model, wide)

@@ -2,11 +2,15 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.ip_adapter.anchors import ANCHORS
@@ -14,6 +18,8 @@ from luna_refinement.ip_adapter.comfy_patch import layers_for, patch_model, unan
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from luna_refinement.ip_adapter.layer_weights import parse_layer_weights
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import interpolate
 
 from harness import tiny
 from harness.anchored_sampling import adapter as unet_adapter
@@ -103,9 +109,9 @@ class TestFormula:
         assert change(sample(patched), expected) <= BOUND
 
     def test_masks_say_where_in_its_picture_a_row_is_anchored(self, model: Any, kind: str) -> None:
-        masks = torch.zeros(ROWS, HEIGHT, WIDTH)
-        masks[0, :, :6], masks[1, 4:], masks[2] = 1, 1, 0.3
-        tokens = masks[:, ::2, ::2].flatten(1)[..., None]  # both in squares of two
+        masks = torch.rand(ROWS, 64, 96, generator=generator_for("flux masks"))
+        tokens = interpolate(masks[:, None], (HEIGHT // 2, WIDTH // 2), mode="bilinear", antialias=True)
+        tokens = tokens.flatten(1)[..., None]
         patched = patch_model(model, adapter(kind), embeds(), WEIGHT, row_masks=masks)
         assert change(sample(patched), by_formula(model, [kind], mask=tokens)) <= BOUND
         nowhere = patch_model(model, adapter(kind), embeds(), WEIGHT, row_masks=torch.zeros_like(masks))
@@ -188,19 +194,55 @@ class TestRows:
         assert all(torch.equal(v, weights[k]) for k, v in model.model.state_dict().items())
         assert torch.equal(sample(model), before)
 
-    def test_threads_on_clones_do_not_meet(self, model: Any, kind: str) -> None:
-        patched = patch_model(model, adapter(kind), embeds())
-        other = patch_model(model, adapter(kind), embeds(name="another picture"))
-        expected, found = [sample(patched), sample(other)], {}
-        threads = [
-            threading.Thread(target=lambda place=place, clone=clone: found.update({place: sample(clone.clone())}))
-            for place, clone in enumerate([patched, other] * 2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert all(torch.equal(found[place], expected[place % 2]) for place in range(len(threads)))
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestCalls:
+    def test_prompts_in_threads_on_clones_give_the_same_bits(self, model: Any, kind: str) -> None:
+        """As ComfyUI evaluates them on several GPUs; the threads go from block to block in step."""
+        met: list[int] = []
+        in_step = threading.Barrier(2, action=lambda: met.append(1), timeout=60)
+
+        def wait(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Tensor]:
+            in_step.wait()
+            return extra["original_block"](args)
+
+        def parallel(_: Any, __: Any, conds: list[Any], *args: Any) -> list[Tensor]:
+            def one(place: int) -> Tensor:
+                own = [cond if other == place else None for other, cond in enumerate(conds)]
+                with torch.inference_mode():
+                    return comfy.samplers._calc_cond_batch(networks[place], own, *args)[place]
+
+            with ThreadPoolExecutor(2) as pool:
+                return list(pool.map(one, range(2)))
+
+        before = model.clone()
+        for part, count in (("double_block", DOUBLE), ("single_block", SINGLE)):
+            for number in range(count):
+                before.set_model_patch_replace(wait, "dit", part, number)
+        patched = patch_model(before, adapter(kind), embeds(), WEIGHT)
+        networks = []
+        for _ in range(2):
+            clone = patched.clone()
+            clone.model = network().model
+            clone.model.current_patcher = clone
+            networks.append(clone.model)
+        patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "in threads", parallel)
+        result = sample(patched)
+        assert len(met) == 3 * (DOUBLE + SINGLE)
+        assert change(result, sample(patch_model(model, adapter(kind), embeds(), WEIGHT))) <= BOUND
+
+    @pytest.mark.parametrize("keys", [["diffusion_model"], ["diffusion_model.double_blocks.0"]])
+    def test_what_is_compiled_is_one_graph_and_stays_it(self, kind: str, keys: list[str]) -> None:
+        torch._dynamo.reset()
+        model, compiler = network(), CompileCounter()
+        plain = patch_model(model, adapter(kind), embeds(), WEIGHT)
+        compiled = plain.clone()
+        set_torch_compile_wrapper(compiled, backend=compiler, keys=keys, fullgraph=True)  # a break is an error
+        assert change(sample(compiled), sample(plain)) <= BOUND
+        count = compiler.frame_count
+        assert count == 1
+        sample(compiled)
+        assert compiler.frame_count == count
 
 
 class TestNeighbours:

@@ -53,7 +53,8 @@ def flux_layers_for(network: nn.Module, adapter: IPAdapter) -> list[AttentionLay
 def flux_key_values(model: ModelPatcher, adapter: IPAdapter) -> Callable[[Tensor], KeyValues]:
     """What makes keys and values [n,T,inner] of every block, in the dtype the model computes in: there are many."""
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-    heads: int = model.get_model_object("diffusion_model").num_heads
+    network: Any = model.get_model_object("diffusion_model")
+    heads = network.num_heads
 
     def key_values_of(tokens: Tensor) -> KeyValues:
         pairs = adapter.key_values(tokens)

@@ -14,6 +14,8 @@ from .rows import Conditioning
 _ADVICE = "encode it with the CLIP that belongs to this model"
 _TEXT_LAYERS = ("txt_in", "context_embedder")
 """Linear layers by which models that are no UNet read text: Flux, SD3, Qwen-Image."""
+_BEFORE_ATTENTION = "encoder_hid_proj"
+"""Linear layer by which Kolors' UNet narrows its text."""
 
 
 def check_prompts(model: Any, conditioning: Conditioning, concepts: Sequence[Concept] = ()) -> None:
@@ -52,6 +54,9 @@ def _prompts(
 def text_width(model: Any) -> int | None:
     """How wide a text the model reads; None where it does not say."""
     network = model.get_model_object("diffusion_model")
+    narrows = getattr(getattr(network, _BEFORE_ATTENTION, None), "in_features", None)
+    if isinstance(narrows, int):
+        return narrows
     widths = {layer.context_dim for layer in attention_layers(network)}
     for name in _TEXT_LAYERS:
         width = getattr(getattr(network, name, None), "in_features", None)

@@ -1,4 +1,4 @@
-"""Seeded IP-Adapter weights in the layout of the published safetensors: plain and plus, for SD1.5 and SDXL."""
+"""Seeded IP-Adapter weights in the layout of the published safetensors, for SD1.5, SDXL and Flux."""
 
 from typing import Literal
 
@@ -76,6 +76,70 @@ def build_full_face(family: Family, hidden_dim: int, inner_dim: int) -> StateDic
         "image_proj.proj.3.bias": torch.zeros(cross),
     }
     return weights | _attention(family, inner_dim, generator)
+
+
+FLUX_CROSS = 4096
+
+
+def build_xlabs(image_embed_dim: int, inner_dim: int, double: int, tokens: int = 4) -> StateDict:
+    """XLabs' adapter of Flux, the projection and the layers of the double blocks, with biases."""
+    generator = generator_for("ip-adapter", "xlabs", double)
+    weights = {
+        "ip_adapter_proj_model.proj.weight": fan_in_scaled(
+            torch.Size((tokens * FLUX_CROSS, image_embed_dim)), generator
+        ),
+        "ip_adapter_proj_model.proj.bias": torch.zeros(tokens * FLUX_CROSS),
+        "ip_adapter_proj_model.norm.weight": torch.ones(FLUX_CROSS),
+        "ip_adapter_proj_model.norm.bias": torch.zeros(FLUX_CROSS),
+    }
+    for block in range(double):
+        for kind, gain in (("k", 1.0), ("v", _VALUE_GAIN)):
+            name = f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind}_proj"
+            weights[f"{name}.weight"] = fan_in_scaled(torch.Size((inner_dim, FLUX_CROSS)), generator, gain)
+            weights[f"{name}.bias"] = torch.randn(inner_dim, generator=generator).mul_(0.5)
+    return weights
+
+
+def build_instantx(image_embed_dim: int, inner_dim: int, blocks: int, tokens: int = 4) -> StateDict:
+    """InstantX' adapter of Flux: an MLP, and the layers of all blocks, without biases."""
+    generator = generator_for("ip-adapter", "instantx", blocks)
+    hidden = 2 * image_embed_dim
+    weights = {
+        "image_proj.proj.0.weight": fan_in_scaled(torch.Size((hidden, image_embed_dim)), generator),
+        "image_proj.proj.0.bias": torch.randn(hidden, generator=generator).mul_(0.5),
+        "image_proj.proj.2.weight": fan_in_scaled(torch.Size((tokens * FLUX_CROSS, hidden)), generator),
+        "image_proj.proj.2.bias": torch.zeros(tokens * FLUX_CROSS),
+        "image_proj.norm.weight": torch.ones(FLUX_CROSS),
+        "image_proj.norm.bias": torch.zeros(FLUX_CROSS),
+    }
+    for block in range(blocks):
+        for kind, gain in (("k", 1.0), ("v", _VALUE_GAIN)):
+            shape = torch.Size((inner_dim, FLUX_CROSS))
+            weights[f"ip_adapter.{block}.to_{kind}_ip.weight"] = fan_in_scaled(shape, generator, gain)
+    return weights
+
+
+def build_pooling_head(width: int) -> StateDict:
+    """SigLIP's, keys as in the published files."""
+    generator = generator_for("siglip head", width)
+    shapes = {
+        "probe": (1, 1, width),
+        "attention.in_proj_weight": (3 * width, width),
+        "attention.in_proj_bias": (3 * width,),
+        "attention.out_proj.weight": (width, width),
+        "attention.out_proj.bias": (width,),
+        "layernorm.weight": (width,),
+        "layernorm.bias": (width,),
+        "mlp.fc1.weight": (2 * width, width),
+        "mlp.fc1.bias": (2 * width,),
+        "mlp.fc2.weight": (width, 2 * width),
+        "mlp.fc2.bias": (width,),
+    }
+    return {
+        f"vision_model.head.{name}": torch.randn(shape, generator=generator).mul_(0.3 if name.endswith("bias") else 0.2)
+        + (1.0 if name == "layernorm.weight" else 0.0)
+        for name, shape in shapes.items()
+    }
 
 
 def _attention(family: Family, inner_dim: int, generator: torch.Generator) -> StateDict:

@@ -17,6 +17,7 @@ import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.flux.redux import ReduxImageEncoder
 from comfy.model_patcher import ModelPatcher
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness import denoiser, ip_adapter_files
@@ -84,12 +85,16 @@ def unet(
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def flux(in_channels: int = 16, text_width: int = 16) -> ModelPatcher:
+FLUX_HIDDEN, FLUX_HEADS = 32, 2
+
+
+def flux(in_channels: int = 16, text_width: int = 16, double: int = 1, single: int = 1) -> ModelPatcher:
     """A MODEL that is no UNet: ComfyUI's own Flux with one block of each kind.
 
     Args:
         in_channels: 32 makes a depth or canny model, 96 a fill model.
         text_width: of the tokens it reads; real ones are 4096 wide.
+        double, single: blocks of each kind.
     """
     config: dict[str, Any] = {
         "image_model": "flux",
@@ -97,11 +102,11 @@ def flux(in_channels: int = 16, text_width: int = 16) -> ModelPatcher:
         "out_channels": 16,
         "vec_in_dim": 16,
         "context_in_dim": text_width,
-        "hidden_size": 32,
+        "hidden_size": FLUX_HIDDEN,
         "mlp_ratio": 2.0,
-        "num_heads": 2,
-        "depth": 1,
-        "depth_single_blocks": 1,
+        "num_heads": FLUX_HEADS,
+        "depth": double,
+        "depth_single_blocks": single,
         "axes_dim": [4, 6, 6],
         "theta": 10000,
         "patch_size": 2,
@@ -126,6 +131,13 @@ def svd() -> ModelPatcher:
     settings.unet_config |= _SMALL
     settings.set_inference_dtype(torch.float32, None)
     return ModelPatcher(comfy.model_base.SVD_img2vid(settings, device="cpu"), torch.device("cpu"), torch.device("cpu"))
+
+
+def flux_conditioning(name: str, tokens: int = 8) -> list[list[Any]]:
+    """A CONDITIONING for ``flux``, with made-up text embeddings."""
+    generator = generator_for("flux text", name)
+    fields = {"pooled_output": torch.randn(1, 16, generator=generator), "guidance": 3.5}
+    return [[torch.randn(1, tokens, 16, generator=generator), fields]]
 
 
 def vae(family: Family = "sd15") -> Any:
@@ -174,7 +186,20 @@ def siglip(folder: Path, hidden: int = 32, image_size: int = 56, layers: int = 2
     path.write_text(json.dumps(config), encoding="utf-8")
     model = comfy.clip_vision.ClipVisionModel(str(path))
     seed_weights(model.model, "tiny siglip", hidden)
+    generator = generator_for("tiny siglip norm", hidden)
+    norm = model.model.vision_model.post_layernorm.weight
+    with torch.no_grad():
+        norm.copy_(1 + 0.1 * torch.randn(norm.shape, generator=generator))
     return model
+
+
+def siglip_file(folder: Path, hidden: int = 48) -> tuple[Any, Path]:
+    """``siglip``, and a file of its weights with the pooling head that ComfyUI leaves out."""
+    model = siglip(folder, hidden)
+    weights = model.get_sd() | ip_adapter_files.build_pooling_head(hidden)
+    file = folder / f"tiny_siglip_{hidden}.safetensors"
+    save_file({key: value.contiguous() for key, value in weights.items()}, file)
+    return model, file
 
 
 def style_model(hidden: int = 32, text_width: int = 16) -> Any:

@@ -78,10 +78,16 @@ class AnchorCall(Shared):
         rows, columns = options.get("activations_shape", self.size)[-2:]
         if rows * columns != q.shape[1]:
             rows, columns = token_grid(*self.size, q.shape[1])
-        masks = self.masks.get((rows, columns))
+        return self.mask_at((rows, columns), q)
+
+    def mask_at(self, grid: Size, like: Tensor) -> Tensor | None:
+        """The rows' masks [R,tokens,1] on a grid of tokens, for as many rows as ``like`` [R,…] has."""
+        if self.masks is None:
+            return None
+        masks = self.masks.get(grid)
         if masks is None:  # a node on the model changes the layers' resolution
-            masks = resized(self.masks[self.size], (rows, columns))
-        return masks.flatten(1)[..., None].repeat(q.shape[0] // masks.shape[0], 1, 1).to(q)
+            masks = resized(self.masks[self.size], grid)
+        return masks.flatten(1)[..., None].repeat(like.shape[0] // masks.shape[0], 1, 1).to(like)
 
     def _repeated(self, q: Tensor, rows: int, options: Options) -> list[int]:
         """The entries of rows that were repeated inside the attention.

@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import comfy.ops
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ..errors import LunaInputError
 from ..weight_files import inflated_bytes
 from .anchors import KeyValues
 from .files import AdapterLayout, AdapterWeights, read_layout, split_weights
+from .pooling import POOLING_KEYS, PoolingHead
 from .projection import AdapterNetwork
 
 
@@ -30,12 +32,14 @@ class IPAdapter:
         layout: variant and sizes.
         patcher: ModelPatcher around an ``AdapterNetwork``.
         projection: digest of the image projection, which tells the embeds of one adapter from those of another.
+        pooling: ModelPatcher around the ``PoolingHead`` of the encoder, for adapters that read what it gives.
     """
 
     name: str
     layout: AdapterLayout
     patcher: ModelPatcher
     projection: bytes = b""
+    pooling: ModelPatcher | None = None
 
     @property
     def network(self) -> AdapterNetwork:
@@ -46,18 +50,54 @@ class IPAdapter:
         comfy.model_management.load_models_gpu([self.patcher])
         return self.patcher.load_device
 
+    def pooled(self, tokens: Tensor, heads: int) -> Tensor:
+        """SigLIP's pooled embed [n,D] of the last layer's tokens [n,T,D], in float32 on the CPU."""
+        assert self.pooling is not None
+        comfy.model_management.load_models_gpu([self.pooling])
+        head: PoolingHead = self.pooling.model
+        return head(tokens.to(self.pooling.load_device, torch.float32), heads).to("cpu")
+
     def key_values(self, tokens: Tensor) -> KeyValues:
         """Keys and values [n,T,inner] of every layer for image tokens [n,T,D], in float32."""
         with torch.no_grad():
             return self.network.key_values(tokens.to(self.load(), torch.float32))
 
 
-def load_ip_adapter(path: str) -> IPAdapter:
+def load_ip_adapter(path: str, pooling_path: str | None = None) -> IPAdapter:
     """Reads a .safetensors file, or a .bin file through PyTorch's weights-only unpickler.
 
+    Args:
+        path: of the adapter.
+        pooling_path: of the SigLIP encoder whose pooling head an InstantX adapter reads, a .safetensors file.
+
     Raises:
-        LunaInputError: the file is damaged, unsafe, or no supported IP-Adapter.
+        LunaInputError: a file is damaged, unsafe, or not what it should be.
     """
+    adapter = _from_weights(split_weights(_read(path), Path(path).name))
+    if pooling_path is None or adapter.layout.kind != "instantx":
+        return adapter
+    return replace(adapter, pooling=_load_pooling(pooling_path))
+
+
+def _load_pooling(path: str) -> ModelPatcher:
+    """The pooling head alone, which is a thirtieth of its encoder's file."""
+    name = Path(path).name
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {key: file.get_tensor(key) for key in POOLING_KEYS if key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LunaInputError(
+            f"pooling_file '{name}' cannot be read, a complete .safetensors file is needed: download it again ({error})"
+        ) from error
+    return _patcher(PoolingHead(weights, name, comfy.ops.manual_cast))
+
+
+def _patcher(network: nn.Module) -> ModelPatcher:
+    load, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    return ModelPatcher(network, load, offload)
+
+
+def _read(path: str) -> object:
     name = Path(path).name
     try:
         claimed = inflated_bytes(path)
@@ -77,7 +117,7 @@ def load_ip_adapter(path: str) -> IPAdapter:
         raise LunaInputError(
             f"ip_adapter_file '{name}' is packed and would grow to {claimed} bytes: get the adapter as .safetensors"
         )
-    return _from_weights(split_weights(state_dict, name))
+    return state_dict
 
 
 _converted: dict[tuple[int, int], IPAdapter] = {}
@@ -119,8 +159,7 @@ def _from_weights(weights: AdapterWeights) -> IPAdapter:
             f"ip_adapter_file '{weights.name}' looks like a {layout.variant} adapter but its weights do not fit one: "
             f"the file is damaged or of a variant Luna does not know ({error})"
         ) from error
-    load, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    return IPAdapter(weights.name, layout, ModelPatcher(network, load, offload), _projection_digest(weights))
+    return IPAdapter(weights.name, layout, _patcher(network), _projection_digest(weights))
 
 
 def _projection_digest(weights: AdapterWeights) -> bytes:

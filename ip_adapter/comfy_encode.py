@@ -3,6 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.clip_model
@@ -18,13 +19,16 @@ from ..errors import LunaInputError, LunaRuntimeError
 from .comfy_adapter import IPAdapter
 from .comfy_patch import layers_for
 from .embeds import RowEmbeds
+from .pooling import PoolingHead
 
 _ROWS_PER_BATCH = 16
 _REMEMBERED_BYTES = 64 << 20
 """Of tokens [T,D] kept per memory: 512 pictures of SDXL plus, 85 of full-face, 19 of SigLIP."""
 
 _ENCODERS = {768: "ViT-L", 1024: "ViT-H", 1280: "ViT-G"}
-_HIDDEN = {1024: "ViT-L", 1280: "ViT-H", 1664: "ViT-G"}
+_HIDDEN = {1024: "ViT-L", 1152: "SigLIP so400m", 1280: "ViT-H", 1664: "ViT-G"}
+_KOLORS_SIDE = 336
+"""px of the pictures that the encoder of Kolors' adapters sees."""
 
 
 class PictureMemory:
@@ -92,14 +96,47 @@ def clip_widths(clip_vision: object) -> tuple[int, int]:
 
 def check_clip_vision(adapter: IPAdapter, clip_vision: object) -> None:
     """Raises LunaInputError where the encoder is not of the kind the adapter was trained on."""
-    hidden, pooled = clip_widths(clip_vision)
     layout = adapter.layout
+    if layout.kind == "instantx":
+        _check_siglip(adapter, clip_vision)
+        return
+    hidden, pooled = clip_widths(clip_vision)
     given, names = (pooled, _ENCODERS) if layout.reads_pooled else (hidden, _HIDDEN)
     if given != layout.clip_dim:
         raise LunaInputError(
             f"clip_vision gives embeds {given} wide ({names.get(given, 'unknown encoder')}), but ip_adapter "
             f"'{adapter.name}' was trained on {layout.clip_dim} ({names.get(layout.clip_dim, 'unknown encoder')}): "
             "load the CLIP vision model that belongs to the adapter"
+        )
+    side = getattr(clip_vision, "image_size", None)
+    if layout.kind == "kolors" and side != _KOLORS_SIDE:
+        raise LunaInputError(
+            f"clip_vision sees pictures of {side} px, but ip_adapter '{adapter.name}' of Kolors was trained on "
+            f"{_KOLORS_SIDE}: load CLIP ViT-L/14 at {_KOLORS_SIDE} px"
+        )
+
+
+def _check_siglip(adapter: IPAdapter, clip_vision: object) -> None:
+    vision: Any = getattr(getattr(clip_vision, "model", None), "vision_model", None)
+    is_siglip = bool(getattr(vision, "output_layernorm", False))  # the CLIP kind norms the first token alone
+    width = vision.post_layernorm.weight.shape[0] if is_siglip else 0
+    if width != adapter.layout.clip_dim:
+        given = f"is SigLIP {width} wide" if is_siglip else "is no SigLIP encoder"
+        raise LunaInputError(
+            f"clip_vision {given}, but ip_adapter '{adapter.name}' was trained on SigLIP {adapter.layout.clip_dim} "
+            "wide: load siglip-so400m-patch14-384"
+        )
+    if adapter.pooling is None:
+        raise LunaInputError(
+            f"ip_adapter '{adapter.name}' of InstantX reads what SigLIP's pooling head gives, which ComfyUI's CLIP "
+            "vision leaves out: choose the file that clip_vision was loaded from as pooling_file of Luna's IP-Adapter "
+            "Loader"
+        )
+    head: PoolingHead = adapter.pooling.model
+    if not head.belongs_to(vision.post_layernorm.weight):
+        raise LunaInputError(
+            f"pooling_file '{head.name}' of ip_adapter '{adapter.name}' is not the file that clip_vision was loaded "
+            "from: choose the same file in both"
         )
 
 
@@ -130,7 +167,7 @@ def encode_rows(adapter: IPAdapter, clip_vision: ClipVisionModel, images: Tensor
 
     Returns:
         Tokens in float32 on the CPU. "Without picture" is what the adapters were trained with: zeros for the pooled
-        embed, for hidden states those of an encoder input of zeros.
+        embed, for hidden states those of an encoder input of zeros, for XLabs' a black picture.
     """
     memory = _memories.setdefault(clip_vision.model, WeakKeyDictionary()).setdefault(adapter.network, PictureMemory())
 
@@ -151,17 +188,28 @@ def _digest(image: Tensor) -> bytes:
 
 def _encode(clip_vision: ClipVisionModel, images: Tensor, adapter: IPAdapter) -> Tensor:
     encoded = clip_vision.encode_image(images)
+    if adapter.layout.kind == "instantx":
+        return adapter.pooled(encoded["last_hidden_state"], _heads(clip_vision))
     output = encoded["image_embeds"] if adapter.layout.reads_pooled else encoded["penultimate_hidden_states"]
     return output.to(device="cpu", dtype=torch.float32)
 
 
 def _encode_nothing(clip_vision: ClipVisionModel, adapter: IPAdapter) -> Tensor:
+    if adapter.layout.kind == "xlabs":
+        side = clip_vision.image_size
+        return _encode(clip_vision, torch.zeros(1, side, side, 3), adapter)
     if adapter.layout.reads_pooled:
         return torch.zeros(1, adapter.layout.clip_dim)
     comfy.model_management.load_models_gpu([clip_vision.patcher])
     side = clip_vision.image_size
     zeros = torch.zeros(1, 3, side, side, device=clip_vision.load_device)
     return clip_vision.model(pixel_values=zeros, intermediate_output=-2)[1].to(device="cpu", dtype=torch.float32)
+
+
+def _heads(clip_vision: ClipVisionModel) -> int:
+    """Of the encoder's attention; its pooling head has as many."""
+    heads: int = clip_vision.model.vision_model.encoder.layers[0].self_attn.heads
+    return heads
 
 
 def _project(adapter: IPAdapter, encoded: Tensor) -> Tensor:

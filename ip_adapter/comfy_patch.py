@@ -22,9 +22,10 @@ from ..errors import LunaInputError, LunaRuntimeError
 from .anchors import ANCHORS, AnchorRun, Anchors, Scaling
 from .attention import CALLS, AnchorCall, AnchoredAttention, Attention, Options, Sigmas
 from .comfy_adapter import IPAdapter
+from .comfy_flux import CARRIES_FLUX_ADAPTERS, flux_key_values, flux_layers_for, is_flux, patch_blocks
 from .embeds import RowEmbeds
 from .layer_weights import LayerWeights
-from .layers import AttentionLayer, attention_layers
+from .layers import AttentionLayer, attention_layers, is_kolors
 
 _KEY = "luna_ip_adapter"
 _PASSES_OPTIONS = any(
@@ -33,9 +34,21 @@ _PASSES_OPTIONS = any(
 )
 
 
-def model_supports_anchoring(model: ModelPatcher) -> bool:
-    """True for a UNet with cross-attention to text (SD1.5, SDXL and their kin)."""
-    return bool(attention_layers(model.get_model_object("diffusion_model")))
+def unanchored(model: ModelPatcher, adapter: IPAdapter) -> str | None:
+    """Why nothing can be anchored on this model, None where it can: UNets with cross-attention to text, and Flux."""
+    network = model.get_model_object("diffusion_model")
+    if attention_layers(network):
+        return None
+    if not is_flux(network):
+        return "model has no UNet cross-attention and is no Flux, so ip_adapter cannot act on it"
+    if not adapter.layout.is_flux:
+        return (
+            f"model is Flux, which has no UNet cross-attention for ip_adapter '{adapter.name}' of "
+            f"{adapter.layout.family} to act on; those of XLabs and InstantX do"
+        )
+    if not CARRIES_FLUX_ADAPTERS:
+        return "this ComfyUI is too old to carry ip_adapter on Flux; 0.3.75 and newer do"
+    return None
 
 
 def layers_for(model: ModelPatcher, adapter: IPAdapter) -> list[AttentionLayer]:
@@ -44,14 +57,16 @@ def layers_for(model: ModelPatcher, adapter: IPAdapter) -> list[AttentionLayer]:
     Raises:
         LunaInputError: adapter and model are of different families, or the model was pruned.
     """
-    layers = attention_layers(model.get_model_object("diffusion_model"))
-    layout = adapter.layout
+    network, layout = model.get_model_object("diffusion_model"), adapter.layout
+    if layout.is_flux and is_flux(network):
+        return flux_layers_for(network, adapter)
+    layers = attention_layers(network)
     widths = {layer.context_dim for layer in layers}
-    if widths != {layout.cross_dim}:
+    if widths != {layout.cross_dim} or (layout.kind == "kolors" and not is_kolors(network)):
+        reads = f"reads text tokens {'/'.join(map(str, sorted(widths)))} wide" if layers else "has no such layers"
         raise LunaInputError(
             f"ip_adapter '{adapter.name}' was made for {layout.family} (text tokens {layout.cross_dim} wide), "
-            f"but model reads text tokens {'/'.join(map(str, sorted(widths)))} wide: "
-            "use an adapter of the model's family"
+            f"but model {'is SDXL' if widths == {layout.cross_dim} else reads}: use an adapter of the model's family"
         )
     if tuple(layer.inner_dim for layer in layers) != layout.inner_dims:
         raise LunaInputError(
@@ -87,12 +102,12 @@ def patch_model(
     Raises:
         LunaInputError: adapter and model do not fit together.
     """
-    layers = layers_for(model, adapter)
+    layers, is_on_flux = layers_for(model, adapter), adapter.layout.is_flux
     anchors = Anchors(
         embeds=embeds,
         weights=torch.as_tensor(weight, dtype=torch.float32).expand(len(embeds)),
         factors=(layer_weights or LayerWeights()).resolve(layers),
-        key_values_of=adapter.key_values,
+        key_values_of=flux_key_values(model, adapter) if is_on_flux else adapter.key_values,
         scaling=scaling,
         start_percent=start_percent,
         end_percent=end_percent,
@@ -102,16 +117,24 @@ def patch_model(
     options = patched.model_options["transformer_options"]
     before: tuple[Anchors, ...] = options.get(ANCHORS, ())
     options[ANCHORS] = (*before, anchors)
-    for pair, (layer, factor) in enumerate(zip(layers, anchors.factors, strict=True)):
-        if factor.factor:
-            previous = _replacements(options).get(layer.key)
-            patched.set_model_attn2_replace(AnchoredAttention(len(before), pair, _attention, previous), *layer.key)
+    if is_on_flux:
+        patch_blocks(patched, adapter, layers, len(before))
+    else:
+        _patch_attention(patched, layers, anchors, len(before))
     if not before:
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _outer_sample)
         patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, _calc_cond_batch)
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, _apply_model)
         patched.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _give_own_replacements)
     return patched
+
+
+def _patch_attention(patched: ModelPatcher, layers: Sequence[AttentionLayer], anchors: Anchors, patch: int) -> None:
+    """Replaces the cross-attention of every layer with a weight."""
+    for pair, (layer, factor) in enumerate(zip(layers, anchors.factors, strict=True)):
+        if factor.factor:
+            previous = _replacements(patched.model_options["transformer_options"]).get(layer.key)
+            patched.set_model_attn2_replace(AnchoredAttention(patch, pair, _attention, previous), *layer.key)
 
 
 def _give_own_replacements(_: ModelPatcher, clone: ModelPatcher) -> None:

@@ -10,16 +10,27 @@ from torch import Tensor
 from ..errors import LunaInputError
 from ..weight_files import weight_fault
 
-Variant = Literal["plus", "plain", "full_face"]
+Variant = Literal["plus", "plain", "full_face", "mlp"]
+Kind = Literal["unet", "kolors", "xlabs", "instantx"]
 StateDict = dict[str, Tensor]
 
-_PREFIXES = {"image_proj.": "image_proj", "ip_adapter.": "ip_adapter", "adapter_modules.": "ip_adapter"}
+_PREFIXES = {
+    "image_proj.": "image_proj",
+    "ip_adapter.": "ip_adapter",
+    "adapter_modules.": "ip_adapter",
+    "ip_adapter_proj_model.": "image_proj",  # XLabs
+}
 HEAD_DIM = 64
 """Width of an attention head of a resampler."""
 _FULL_FACE_TOKENS = 257
 _FACE_IDENTITY = 512
-_MODELS = {768: "SD1.5", 2048: "SDXL"}
-_PAIR = re.compile(r"(0|[1-9][0-9]{0,3})\.to_([kv])_ip\.weight")
+_FLUX_WIDTH = 4096
+_KOLORS_WIDTH = 2048
+"""Of the resampler of Kolors adapters; those of SDXL are 1280 wide."""
+_MODELS = {768: "SD1.5", 2048: "SDXL", _FLUX_WIDTH: "Flux"}
+_NUMBER = "(0|[1-9][0-9]{0,3})"
+_PAIR = re.compile(rf"{_NUMBER}\.to_([kv])_ip\.(weight|bias)")
+_XLABS_PAIR = re.compile(rf"double_blocks\.{_NUMBER}\.processor\.ip_adapter_double_stream_([kv])_proj\.(weight|bias)")
 _MOST_LAYERS = 64
 """Of a resampler; the published ones have 4."""
 
@@ -31,7 +42,8 @@ class AdapterWeights:
     Attributes:
         name: for messages.
         image_proj: weights that turn an encoded picture into tokens, keys without prefix.
-        ip_adapter: ``<number>.to_k_ip.weight`` and ``<number>.to_v_ip.weight`` [inner, cross_dim].
+        ip_adapter: ``<number>.to_k_ip.weight`` and ``<number>.to_v_ip.weight`` [inner, cross_dim]; in XLabs' files
+            also ``.bias`` [inner].
     """
 
     name: str
@@ -44,12 +56,14 @@ class AdapterLayout:
     """Variant and sizes.
 
     Attributes:
-        variant: "plus" (resampler), "plain" (one linear layer) or "full_face" (MLP over all tokens).
+        variant: "plus" (resampler), "plain" (one linear layer), "full_face" (MLP over all tokens) or "mlp" (MLP over
+            the pooled embed).
         clip_dim: width of the CLIP vision output it was trained on.
-        cross_dim: width of its tokens, which is that of the model's text tokens: 768 or 2048.
+        cross_dim: width of its tokens, which is that of the model's text tokens: 768, 2048 or 4096.
         tokens: image tokens per picture.
         numbers: of the key and value pairs, ascending; pair k belongs to the k-th cross-attention of the model.
         inner_dims: width of each pair's attention layer.
+        kind: of network it acts in, and by whose convention.
     """
 
     variant: Variant
@@ -58,16 +72,26 @@ class AdapterLayout:
     tokens: int
     numbers: tuple[int, ...]
     inner_dims: tuple[int, ...]
+    kind: Kind = "unet"
+
+    @property
+    def is_flux(self) -> bool:
+        """Whether it acts in Flux' blocks instead of a UNet's cross-attention."""
+        return self.kind in ("xlabs", "instantx")
 
     @property
     def family(self) -> str:
         """The family of models it belongs to."""
-        return _MODELS.get(self.cross_dim, f"models with text tokens of {self.cross_dim}")
+        return (
+            "Kolors"
+            if self.kind == "kolors"
+            else _MODELS.get(self.cross_dim, f"models with text tokens of {self.cross_dim}")
+        )
 
     @property
     def reads_pooled(self) -> bool:
         """True where it takes the pooled image embed, False for the penultimate layer's hidden states."""
-        return self.variant == "plain"
+        return self.variant in ("plain", "mlp")
 
 
 def split_weights(state_dict: object, name: str) -> AdapterWeights:
@@ -105,8 +129,12 @@ def _entries(state_dict: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
             if half in ("image_proj", "ip_adapter"):
                 yield from ((half, str(inner), weight) for inner, weight in value.items())
             continue
+        if not isinstance(key, str):
+            continue
+        if match := _XLABS_PAIR.fullmatch(key):
+            yield "ip_adapter", f"{match[1]}.to_{match[2]}_ip.{match[3]}", value
         for prefix, half in _PREFIXES.items():
-            if isinstance(key, str) and key.startswith(prefix):
+            if key.startswith(prefix):
                 yield half, key.removeprefix(prefix), value
 
 
@@ -120,11 +148,14 @@ def read_layout(weights: AdapterWeights) -> AdapterLayout:
     numbers, inner_dims, cross_dim = _pairs(weights)
     projection = weights.image_proj
     _check_width(weights, cross_dim)
+    if cross_dim == _FLUX_WIDTH:
+        return _flux_layout(weights, numbers, inner_dims)
     if "latents" in projection and "layers.0.0.to_q.weight" in projection:
-        _, tokens, _ = _shape(weights, "latents", 3)
+        _, tokens, dim = _shape(weights, "latents", 3)
         _, clip_dim = _shape(weights, "proj_in.weight", 2)
         _check_resampler(weights)
-        return AdapterLayout("plus", clip_dim, cross_dim, tokens, numbers, inner_dims)
+        kind: Kind = "kolors" if dim == cross_dim == _KOLORS_WIDTH else "unet"
+        return AdapterLayout("plus", clip_dim, cross_dim, tokens, numbers, inner_dims, kind)
     if "proj.3.weight" in projection:
         _, clip_dim = _shape(weights, "proj.0.weight", 2)
         return AdapterLayout("full_face", clip_dim, cross_dim, _FULL_FACE_TOKENS, numbers, inner_dims)
@@ -134,7 +165,28 @@ def read_layout(weights: AdapterWeights) -> AdapterLayout:
     raise LunaInputError(
         f"ip_adapter_file '{weights.name}' has an image projection Luna does not know "
         f"({', '.join(sorted(projection)[:4])}, …): use a plain, plus, plus-face, full-face or composition "
-        "adapter for SD1.5 or SDXL"
+        "adapter for SD1.5 or SDXL, or one of XLabs or InstantX for Flux"
+    )
+
+
+def _flux_layout(weights: AdapterWeights, numbers: tuple[int, ...], inner_dims: tuple[int, ...]) -> AdapterLayout:
+    """XLabs: one linear layer, and biases; InstantX: an MLP, and none. Blocks are numbered from 0 in both."""
+    projection, biased = weights.image_proj, any(key.endswith(".bias") for key in weights.ip_adapter)
+    if numbers != tuple(range(len(numbers))):
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' numbers its {len(numbers)} layers from {numbers[0]} to {numbers[-1]}: "
+            "those of Flux count from 0 without a gap; the file is damaged, download it again"
+        )
+    if biased and "proj.weight" in projection:
+        rows, clip_dim = _shape(weights, "proj.weight", 2)
+        return AdapterLayout("plain", clip_dim, _FLUX_WIDTH, rows // _FLUX_WIDTH, numbers, inner_dims, "xlabs")
+    if not biased and "proj.0.weight" in projection and "proj.2.weight" in projection:
+        _, clip_dim = _shape(weights, "proj.0.weight", 2)
+        rows, _ = _shape(weights, "proj.2.weight", 2)
+        return AdapterLayout("mlp", clip_dim, _FLUX_WIDTH, rows // _FLUX_WIDTH, numbers, inner_dims, "instantx")
+    raise LunaInputError(
+        f"ip_adapter_file '{weights.name}' has image tokens {_FLUX_WIDTH} wide, as adapters of Flux have, but is "
+        f"neither XLabs' nor InstantX's ({', '.join(sorted(projection)[:4])}, …): use one of those"
     )
 
 
@@ -184,29 +236,32 @@ def _refuse_unsupported(weights: AdapterWeights) -> None:
             "kin), which is not supported because it needs a face identity network: use a plus-face or full-face "
             "adapter"
         )
-    if "proj.2.weight" in projection and "proj.3.weight" not in projection:
+    if "proj.2.weight" in projection and _width_in(projection, "proj.0.weight") == _FACE_IDENTITY:
         raise LunaInputError(
             f"ip_adapter_file '{weights.name}' is a FaceID portrait adapter, which is not supported because it reads "
             "face identity embeds instead of CLIP vision: use a plus-face or full-face adapter"
         )
-    out = projection.get("layers.0.0.to_out.weight")
-    if out is not None and out.shape[0] in (2048, 4096) and "latents" in projection:
+    if any(key.startswith("time_embedding.") for key in projection):
         raise LunaInputError(
-            f"ip_adapter_file '{weights.name}' is a Kolors adapter, which is not supported because Kolors has its own "
-            "text encoder and 336 px image encoder: use an SDXL or SD1.5 adapter with its model"
+            f"ip_adapter_file '{weights.name}' is an adapter of Stable Diffusion 3.5, which is not supported because "
+            "its image tokens change with every step: use an SD1.5, SDXL or Flux adapter with its model"
         )
 
 
-def _width_in(projection: StateDict) -> int:
-    weight = projection.get("proj_in.weight")
+def _width_in(projection: StateDict, key: str = "proj_in.weight") -> int:
+    weight = projection.get(key)
     return 0 if weight is None or weight.ndim != 2 else weight.shape[1]
 
 
 def _pairs(weights: AdapterWeights) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     found: dict[str, set[int]] = {"k": set(), "v": set()}
+    biases = 0
     for key in weights.ip_adapter:
-        if match := _PAIR.fullmatch(key):
+        match = _PAIR.fullmatch(key)
+        if match and match[3] == "weight":
             found[match[2]].add(int(match[1]))
+        elif match:
+            biases += 1
         elif "to_k_ip" in key or "to_v_ip" in key:
             raise LunaInputError(
                 f"ip_adapter_file '{weights.name}' holds ip_adapter.{key}, which is no layer Luna knows: the file is "
@@ -225,6 +280,11 @@ def _pairs(weights: AdapterWeights) -> tuple[tuple[int, ...], tuple[int, ...], i
         raise LunaInputError(
             f"ip_adapter_file '{weights.name}' mixes layers of different widths: the file is damaged; download it again"
         )
+    if biases not in ((0, 2 * len(numbers)) if shapes[0][1] == _FLUX_WIDTH else (0,)):
+        raise LunaInputError(
+            f"ip_adapter_file '{weights.name}' has {biases} biases for {2 * len(numbers)} key and value layers: the "
+            "file is damaged or of another kind"
+        )
     return numbers, tuple(shape[0] for shape in shapes), shapes[0][1]
 
 
@@ -239,12 +299,13 @@ def _check_width(weights: AdapterWeights, cross_dim: int) -> None:
                 f"ip_adapter_file '{weights.name}' projects pictures to tokens {width} wide, but its attention layers "
                 f"read {cross_dim}: the file is damaged; download it again"
             )
-    linear = weights.image_proj.get("proj.weight")
-    if linear is not None and linear.shape[0] % cross_dim:
-        raise LunaInputError(
-            f"ip_adapter_file '{weights.name}' projects pictures to {linear.shape[0]} numbers, which are no whole "
-            f"tokens {cross_dim} wide: the file is damaged; download it again"
-        )
+    for key in ("proj.weight", "proj.2.weight"):
+        linear = weights.image_proj.get(key)
+        if linear is not None and linear.shape[0] % cross_dim:
+            raise LunaInputError(
+                f"ip_adapter_file '{weights.name}' projects pictures to {linear.shape[0]} numbers, which are no whole "
+                f"tokens {cross_dim} wide: the file is damaged; download it again"
+            )
 
 
 def _shape(weights: AdapterWeights, key: str, dimensions: int) -> tuple[int, ...]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from ..errors import LunaInputError
 from ..values import real, shown
 from ..words import split_list
-from .layers import AttentionLayer
+from .layers import FLUX_PARTS, AttentionLayer
 
 _MOST = 100.0
 """Weights lie within this of 0: larger ones are slips of the pen, and may end as infinite numbers in the model."""
 
-_PAIR = re.compile(r"\s*([0-9]{1,4}|(?:input|middle|output)(?:\.[0-9]{1,4}){0,2})\s*:\s*(\S+)\s*")
+_PAIR = re.compile(r"\s*([0-9]{1,4}|(?:input|middle|output|double|single)(?:\.[0-9]{1,4}){0,2})\s*:\s*(\S+)\s*")
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ class LayerWeights:
     def _preset_factor(self, layer: AttentionLayer, count: int) -> LayerFactor:
         if self.preset == "none":
             return LayerFactor(0.0)
+        if self.preset not in _CURVES and layer.key[0] in FLUX_PARTS:
+            raise LunaInputError(
+                f"layer_weights: preset '{self.preset}' names parts of a UNet, but model is Flux: use "
+                f"{', '.join(_CURVES)} or none, and block:weight text such as double.4:0.5"
+            )
         if self.preset in _WEAK:
             return LayerFactor(0.2 if layer.key[0] in _WEAK[self.preset].split() else 1.0)
         if self.preset in _CURVES:
@@ -135,7 +140,7 @@ def parse_layer_weights(text: str) -> tuple[tuple[str, float], ...]:
     """Reads "block:weight" pairs, separated by commas or lines.
 
     A block is a number in the order they run ("6"), a part ("input", "middle", "output"), a block of a part
-    ("output.3") or one transformer of a block ("output.3.1").
+    ("output.3") or one transformer of a block ("output.3.1"); of Flux "double", "single" or "double.3".
 
     Raises:
         LunaInputError: an entry is no pair, or its weight no number or beyond reason.

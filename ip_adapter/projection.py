@@ -22,6 +22,21 @@ class LinearProjection(nn.Module):
         return self.norm(rearrange(self.proj(pooled), "n (t d) -> n t d", t=self.tokens))
 
 
+class MLPProjection(nn.Module):
+    """InstantX: pooled image embed [N,clip_dim] → [N,tokens,cross_dim], through a hidden layer."""
+
+    def __init__(self, clip_dim: int, hidden_dim: int, cross_dim: int, tokens: int, operations: Any) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.proj = nn.Sequential(
+            operations.Linear(clip_dim, hidden_dim), nn.GELU(), operations.Linear(hidden_dim, tokens * cross_dim)
+        )
+        self.norm = operations.LayerNorm(cross_dim)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.norm(rearrange(self.proj(pooled), "n (t d) -> n t d", t=self.tokens))
+
+
 class FullFaceProjection(nn.Module):
     """Full-face: hidden states [N,257,clip_dim] → [N,257,cross_dim], token by token."""
 
@@ -108,12 +123,13 @@ def _feed_forward(dim: int, operations: Any) -> nn.Sequential:
 
 
 class KeyValueLayers(nn.Module):
-    """``to_k_ip`` and ``to_v_ip`` of every cross-attention, in pair order."""
+    """``to_k_ip`` and ``to_v_ip`` of every cross-attention, in pair order; XLabs' have biases."""
 
     def __init__(self, layout: AdapterLayout, operations: Any) -> None:
         super().__init__()
+        biased = layout.kind == "xlabs"
         self.to_k, self.to_v = (
-            nn.ModuleList(operations.Linear(layout.cross_dim, inner, bias=False) for inner in layout.inner_dims)
+            nn.ModuleList(operations.Linear(layout.cross_dim, inner, bias=biased) for inner in layout.inner_dims)
             for _ in range(2)
         )
 
@@ -138,9 +154,10 @@ class AdapterNetwork(nn.Module):
         self.image_proj.load_state_dict(weights.image_proj, strict=True, assign=True)
         self.key_values.load_state_dict(
             {
-                f"to_{kind}.{index}.weight": weights.ip_adapter[f"{number}.to_{kind}_ip.weight"]
+                f"to_{kind}.{index}.{part}": weights.ip_adapter[f"{number}.to_{kind}_ip.{part}"]
                 for index, number in enumerate(layout.numbers)
                 for kind in "kv"
+                for part in (("weight", "bias") if layout.kind == "xlabs" else ("weight",))
             },
             strict=True,
             assign=True,
@@ -151,6 +168,9 @@ class AdapterNetwork(nn.Module):
 def _projection(weights: AdapterWeights, layout: AdapterLayout, operations: Any) -> nn.Module:
     if layout.variant == "plain":
         return LinearProjection(layout.clip_dim, layout.cross_dim, layout.tokens, operations)
+    if layout.variant == "mlp":
+        hidden_dim = weights.image_proj["proj.0.weight"].shape[0]
+        return MLPProjection(layout.clip_dim, hidden_dim, layout.cross_dim, layout.tokens, operations)
     if layout.variant == "full_face":
         return FullFaceProjection(layout.clip_dim, layout.cross_dim, operations)
     dim = weights.image_proj["latents"].shape[2]

@@ -16,7 +16,7 @@ from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_adapter import as_ip_adapter
 from ..ip_adapter.comfy_encode import check_compatible
-from ..ip_adapter.comfy_patch import layers_for, model_supports_anchoring
+from ..ip_adapter.comfy_patch import layers_for, unanchored
 from ..values import shown
 
 _TEXT_ONLY = "regions are refined from text only, without anchors"
@@ -118,9 +118,9 @@ def choose_anchor(
         raise LunaInputError(
             f"ip_adapter_start is {start_percent} and ip_adapter_end {end_percent}: the end must not come first"
         )
-    if not model_supports_anchoring(model):
-        return None, "model has no UNet cross-attention, so ip_adapter cannot act on it"
     adapter = as_ip_adapter(ip_adapter)
+    if reason := unanchored(model, adapter):
+        return None, reason
     check_compatible(model, adapter, clip_vision)
     layer_weights = layer_weights or LayerWeights()
     layer_weights.resolve(layers_for(model, adapter))

@@ -14,7 +14,7 @@ from ..ip_adapter import LayerWeights, RowEmbeds
 from ..ip_adapter.anchors import SCALINGS, Scaling
 from ..ip_adapter.comfy_adapter import IPAdapter, as_ip_adapter, load_ip_adapter
 from ..ip_adapter.comfy_encode import check_clip_vision, check_compatible, encode_rows
-from ..ip_adapter.comfy_patch import layers_for, model_supports_anchoring, patch_model
+from ..ip_adapter.comfy_patch import layers_for, patch_model, unanchored
 from ..ip_adapter.layer_weights import LAYER_PRESETS, parse_layer_weights, parse_numbers
 from ..sam3_bridge.from_masks import mask_batch
 from .checks import check_image
@@ -22,6 +22,7 @@ from .folders import IP_ADAPTER_FOLDER
 from .schema import IPAdapterType, LunaEmbeds, LunaLayerWeightsType, luna_schema, notice
 
 CATEGORY = "Luna/IP-Adapter"
+NO_FILE = "none"
 
 
 class LunaIPAdapterLoader(io.ComfyNode):
@@ -31,26 +32,39 @@ class LunaIPAdapterLoader(io.ComfyNode):
             node_id="LunaIPAdapterLoader",
             display_name="IP-Adapter Loader (Luna)",
             category=CATEGORY,
-            description="Loads an IP-Adapter for SD1.5 or SDXL: plain, plus, plus-face, full-face or composition.",
+            description="Loads an IP-Adapter: plain, plus, plus-face, full-face or composition for SD1.5 or SDXL, "
+            "plus for Kolors, XLabs or InstantX for Flux.",
             search_aliases=["ipadapter", "ip adapter model", "load ipadapter"],
             inputs=[
                 io.Combo.Input(
                     "ip_adapter_file",
                     options=folder_paths.get_filename_list(IP_ADAPTER_FOLDER),
                     tooltip="A file in models/ipadapter: .safetensors, or .bin read without running its code.",
-                )
+                ),
+                io.Combo.Input(
+                    "pooling_file",
+                    options=[NO_FILE, *folder_paths.get_filename_list("clip_vision")],
+                    default=NO_FILE,
+                    optional=True,
+                    tooltip="Only for InstantX adapters of Flux: the SigLIP file that clip_vision is loaded from, "
+                    "whose pooling head the adapter reads.",
+                ),
             ],
             outputs=[IPAdapterType.Output("ip_adapter", display_name="ip_adapter", tooltip="For the refiners.")],
         )
 
     @classmethod
-    def execute(cls, ip_adapter_file: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path(IP_ADAPTER_FOLDER, ip_adapter_file)
-        if path is None:
-            raise LunaInputError(
-                f"ip_adapter_file '{ip_adapter_file}' is not in models/ipadapter: put it there and press R"
-            )
-        return io.NodeOutput(load_ip_adapter(path))
+    def execute(cls, ip_adapter_file: str, pooling_file: str = NO_FILE) -> io.NodeOutput:
+        path = _full_path(IP_ADAPTER_FOLDER, "ip_adapter_file", ip_adapter_file)
+        pooling = None if pooling_file == NO_FILE else _full_path("clip_vision", "pooling_file", pooling_file)
+        return io.NodeOutput(load_ip_adapter(path, pooling))
+
+
+def _full_path(folder: str, name: str, file: str) -> str:
+    path = folder_paths.get_full_path(folder, file)
+    if path is None:
+        raise LunaInputError(f"{name} '{file}' is not in models/{folder}: put it there and press R")
+    return path
 
 
 class LunaIPAdapterEmbeds(io.ComfyNode):
@@ -89,7 +103,7 @@ class LunaApplyIPAdapter(io.ComfyNode):
             "The latent batch must hold as many latents as there are images.",
             search_aliases=["ipadapter apply", "ipadapter batch", "unfold batch"],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.5 or SDXL model. It is left unmodified."),
+                io.Model.Input("model", tooltip="An SD1.5, SDXL or Flux model. It is left unmodified."),
                 IPAdapterType.Input("ip_adapter", tooltip="An adapter of the model's family."),
                 io.Float.Input("weight", default=0.5, min=-1.0, max=5.0, step=0.05, tooltip="Strength of the images."),
                 io.Float.Input(
@@ -140,11 +154,9 @@ class LunaApplyIPAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         if start > end:
             raise LunaInputError(f"start is {start} and end {end}: the end must not come first")
-        if not model_supports_anchoring(model):
-            return io.NodeOutput(
-                model, ui=notice("model has no UNet cross-attention, so ip_adapter cannot act on it: it is unchanged")
-            )
         adapter = as_ip_adapter(ip_adapter)
+        if reason := unanchored(model, adapter):
+            return io.NodeOutput(model, ui=notice(f"{reason}. It is unchanged"))
         layers_for(model, adapter)
         rows = _row_embeds(model, adapter, clip_vision, images, embeds)
         patched = patch_model(

@@ -213,7 +213,12 @@ REFUSED = [
         attention_shapes("sd15"),
         "FaceID portrait adapter.*identity embeds",
     ),
-    ("ip-adapter-plus_kolors.bin", KOLORS, attention_shapes("sdxl"), "Kolors adapter.*336 px"),
+    (
+        "sd3.5-ip-adapter.bin",
+        resampler_shapes(2432, 1152, 768, 64) | {"time_embedding.linear_1.weight": empty(1, 1)},
+        attention_shapes("sd15"),
+        "n adapter of Stable Diffusion 3.5.*every step",
+    ),
     (
         "kolors-faceid.bin",
         {"perceiver_resampler.layers.0.0.to_out.weight": empty(4096, 1)},
@@ -228,8 +233,94 @@ def test_unsupported_variants_are_refused_with_the_reason(
     name: str, image_proj: dict[str, Tensor], pairs: dict[str, Tensor], reason: str
 ) -> None:
     weights = split_weights({"image_proj": image_proj, "ip_adapter": pairs}, name)
-    with pytest.raises(LunaInputError, match=f"'{name}' is a {reason}"):
+    with pytest.raises(LunaInputError, match=f"'{name}' is a ?{reason}"):
         read_layout(weights)
+
+
+XLABS_PAIR = "double_blocks.{}.processor.ip_adapter_double_stream_{}_proj.{}"
+
+
+def xlabs_shapes(tokens: int) -> dict[str, Tensor]:
+    shapes = {f"ip_adapter_proj_model.proj.{x}": empty(tokens * 4096, *w) for x, w in (("weight", [768]), ("bias", []))}
+    shapes |= {f"ip_adapter_proj_model.norm.{part}": empty(4096) for part in ("weight", "bias")}
+    for block in range(19):
+        for kind in "kv":
+            shapes[XLABS_PAIR.format(block, kind, "weight")] = empty(3072, 4096)
+            shapes[XLABS_PAIR.format(block, kind, "bias")] = empty(3072)
+    return shapes
+
+
+def instantx_shapes() -> dict[str, dict[str, Tensor]]:
+    """Nested, as the published .bin."""
+    projection = {
+        "proj.0.weight": empty(2304, 1152),
+        "proj.0.bias": empty(2304),
+        "proj.2.weight": empty(128 * 4096, 2304),
+        "proj.2.bias": empty(128 * 4096),
+        "norm.weight": empty(4096),
+        "norm.bias": empty(4096),
+    }
+    pairs = {f"{number}.to_{kind}_ip.weight": empty(3072, 4096) for number in range(57) for kind in "kv"}
+    return {"image_proj": projection, "ip_adapter": pairs}
+
+
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_xlabs_files_are_recognised(tokens: int) -> None:
+    weights = split_weights(xlabs_shapes(tokens), "flux-ip-adapter.safetensors")
+    layout = read_layout(weights)
+    assert layout == AdapterLayout("plain", 768, 4096, tokens, tuple(range(19)), (3072,) * 19, "xlabs")
+    assert (layout.is_flux, layout.reads_pooled, layout.family) == (True, True, "Flux")
+    assert sum(1 for _ in AdapterNetwork(weights, layout).parameters()) == len(xlabs_shapes(tokens))
+
+
+def test_instantx_files_are_recognised() -> None:
+    nested = instantx_shapes()
+    flat = {f"{half}.{key}": x for half, part in nested.items() for key, x in part.items()}
+    for state_dict in (nested, flat):
+        weights = split_weights(state_dict, "ip-adapter.bin")
+        layout = read_layout(weights)
+        assert layout == AdapterLayout("mlp", 1152, 4096, 128, tuple(range(57)), (3072,) * 57, "instantx")
+        assert (layout.is_flux, layout.reads_pooled, layout.family) == (True, True, "Flux")
+        assert sum(1 for _ in AdapterNetwork(weights, layout).parameters()) == len(flat)
+
+
+def test_kolors_plus_is_recognised() -> None:
+    weights = split_weights(
+        {"image_proj": KOLORS, "ip_adapter": attention_shapes("sdxl")}, "ip_adapter_plus_general.bin"
+    )
+    layout = read_layout(weights)
+    numbers = tuple(range(1, 140, 2))
+    assert layout == AdapterLayout("plus", 1024, 2048, 16, numbers, tuple(SDXL_WIDTHS), "kolors")
+    assert (layout.is_flux, layout.reads_pooled, layout.family) == (False, False, "Kolors")
+
+
+def test_damaged_flux_files_are_refused() -> None:
+    xlabs, nested = xlabs_shapes(4), instantx_shapes()
+
+    def without(state_dict: dict[str, Any], *keys: str) -> dict[str, Any]:
+        return {key: value for key, value in state_dict.items() if key not in keys}
+
+    pairs, projection = nested["ip_adapter"], nested["image_proj"]
+    linear = {"proj.weight": empty(4 * 4096, 768), "proj.bias": empty(4 * 4096)}
+    norm = {key: projection[key] for key in ("norm.weight", "norm.bias")}
+    first = [XLABS_PAIR.format(0, kind, part) for kind in "kv" for part in ("weight", "bias")]
+    cases = [
+        (without(xlabs, first[1]), "37 biases for 38 key and value layers"),
+        (without(xlabs, first[0]), "18 key and 19 value layers"),
+        (without(xlabs, *first), "numbers its 18 layers from 1 to 18"),
+        ({"image_proj": linear | norm, "ip_adapter": pairs}, "neither XLabs' nor InstantX's"),
+        ({"image_proj": without(projection, "proj.0.weight"), "ip_adapter": pairs}, "neither XLabs' nor InstantX's"),
+        ({"image_proj": projection | {"proj.2.weight": empty(4097, 2304)}, "ip_adapter": pairs}, "to 4097 numbers"),
+        ({"image_proj": projection | {"proj.0.weight": empty(8)}, "ip_adapter": pairs}, "proj.0.weight has shape"),
+        (
+            {"image_proj": projection_shapes("plain", "sd15", 1024, 4), "ip_adapter": attention_shapes("sd15")}
+            | {"ip_adapter.1.to_k_ip.bias": empty(320)},
+            "1 biases for 32",
+        ),
+    ]
+    for state_dict, reason in cases:
+        with pytest.raises(LunaInputError, match=f"'odd.bin'.*{reason}"):
+            comfy_adapter._from_weights(split_weights(state_dict, "odd.bin"))
 
 
 def test_unknown_and_damaged_weights_are_refused() -> None:

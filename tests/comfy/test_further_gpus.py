@@ -1,4 +1,4 @@
-"""ComfyUI's own work on several GPUs: deep clones of a patched model, whose prompts run in threads, one for each device.
+"""ComfyUI's own work on several GPUs: deep clones of a patched model, whose prompts run in threads, one per device.
 
 The devices are the CPU under two names, which ComfyUI takes for different ones; everything else is its own code.
 """

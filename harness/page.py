@@ -203,7 +203,7 @@ class ComfyPage:
                 api.addEventListener('execution_error', ({ detail }) => done({ error: detail.exception_message }))
                 api.addEventListener('execution_success', () => done({ outputs }))
                 await window.app.queuePrompt(0)
-                const refused = window.store('execution').lastNodeErrors ?? {}
+                const refused = (window.store('executionError') ?? window.store('execution')).lastNodeErrors ?? {}
                 if (Object.keys(refused).length) done({ error: JSON.stringify(refused) })
             })""",
             timeout_s,

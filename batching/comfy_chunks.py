@@ -45,13 +45,13 @@ def rows_that_fit(
     others, beside = comfy.sampler_helpers.get_additional_models({"": _fields(conditioning)}, model.model_dtype())
     to_load = 0
     if not comfy.model_management.is_device_cpu(device):
-        # ComfyUI unloads other models for this one
+        # What models hold there, this one's own part too, ComfyUI takes back where a call needs it.
         room += sum(
             loaded.model_loaded_memory()
             for loaded in comfy.model_management.current_loaded_models
-            if loaded.device == device and loaded.model is not None and not loaded.model.is_clone(model)
+            if loaded.device == device and loaded.model is not None
         )
-        to_load = sum(max(0, part.model_size() - part.loaded_size()) for part in {model, *others})
+        to_load = sum(part.model_size() for part in {model, *others})
     per_row = row_bytes(model, latent_shape, conditioning) + more_per_row
     return rows_in(int(room), to_load, int(beside), per_row)
 
@@ -60,8 +60,8 @@ def rows_in(room: int, to_load: int, beside: int, per_row: int) -> int:
     """Rows from 1 to ``MOST_ROWS`` that fit in ``room``; all in bytes.
 
     Args:
-        room: what is free.
-        to_load: weights that are still to come.
+        room: what is free, or held by weights.
+        to_load: weights that should lie there too.
         beside: what ControlNets take to work, whatever the number of rows.
         per_row: what each row takes.
     """

@@ -20,6 +20,7 @@ _SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the first visit opens the templates
     "Comfy.Workflow.ShowMissingModelsWarning": False,  # the published models are not here
     "Comfy.Window.UnloadConfirmation": False,  # a changed graph is left without a question
+    "Comfy.Workflow.Persist": False,  # else newer pages bring the last graph back, over one that a test has loaded
 }
 _OPTIONAL_FILES = ("/user.css", "/api/userdata")  # asked for by the page itself; a new user has none
 _BEFORE_START = """
@@ -85,7 +86,15 @@ class ComfyPage:
 
     def speak(self, language: str) -> None:
         """Sets the language as the settings dialog does, and visits the page again."""
-        self.browser.call("language => window.app.ui.settings.setSettingValueAsync('Comfy.Locale', language)", language)
+        self.set_setting("Comfy.Locale", language)
+
+    def has_setting(self, name: str) -> bool:
+        """Whether this page knows a setting."""
+        return bool(self.browser.call("name => name in window.store('setting').settingsById", name))
+
+    def set_setting(self, name: str, value: object) -> None:
+        """Changes a setting as the settings dialog does, and visits the page again."""
+        self.browser.call("(...change) => window.app.ui.settings.setSettingValueAsync(...change)", name, value)
         self.reload()
 
     def texts(self, node_type: str) -> tuple[str, dict[str, str]]:
@@ -194,7 +203,7 @@ class ComfyPage:
                 api.addEventListener('execution_error', ({ detail }) => done({ error: detail.exception_message }))
                 api.addEventListener('execution_success', () => done({ outputs }))
                 await window.app.queuePrompt(0)
-                const refused = window.store('execution').lastNodeErrors ?? {}
+                const refused = (window.store('executionError') ?? window.store('execution')).lastNodeErrors ?? {}
                 if (Object.keys(refused).length) done({ error: JSON.stringify(refused) })
             })""",
             timeout_s,
@@ -210,6 +219,17 @@ class ComfyPage:
         self.browser.wait_for(f"{node}.imgs?.every(picture => picture.complete)", 60)
         script = f"{node}.imgs.map(p => [p.naturalWidth, p.naturalHeight])"
         return [(width, height) for width, height in self.browser.evaluate(script)]
+
+    def node_elements(self) -> dict[str, tuple[str, list[tuple[int, int]]]]:
+        """What Nodes 2.0 shows: by id, the text of a node's element, and width and height in px of its pictures."""
+        found = self.browser.evaluate(
+            """[...document.querySelectorAll('.lg-node[data-node-id]')].map(element => [
+                element.dataset.nodeId,
+                element.innerText,
+                [...element.querySelectorAll('img')].map(picture => [picture.naturalWidth, picture.naturalHeight]),
+            ])"""
+        )
+        return {node: (text, [(width, height) for width, height in pictures]) for node, text, pictures in found}
 
     def close_up(self, *titles: str, width: int = 800, height: int = 800) -> Image.Image:
         """A picture of the graph around groups, without the page's menus."""
@@ -241,10 +261,24 @@ class ComfyPage:
         """The HTML that the page's own help panel shows for a kind of node; raises BrowserError where it finds none."""
         answer = self.browser.call(
             """async type => {
+                const pause = () => new Promise(done => setTimeout(done, 20))
                 const help = window.store('nodeHelp')
-                help.openHelp(window.store('nodeDef').nodeDefsByName[type])
-                do await new Promise(done => setTimeout(done, 20)); while (help.isLoading)
-                return [help.error, help.renderedHelpHtml]
+                if (help) {
+                    help.openHelp(window.store('nodeDef').nodeDefsByName[type])
+                    do await pause(); while (help.isLoading)
+                    return [help.error, help.renderedHelpHtml]
+                }
+                // newer pages show it beside the node that is selected
+                const { canvas, graph } = window.app
+                const shown = () => document.querySelector('.node-help-content')
+                canvas.deselectAll()
+                while (shown()) await pause()
+                const node = window.LiteGraph.createNode(type)
+                graph.add(node)
+                canvas.selectNode(node)
+                window.store('rightSidePanel').openPanel('info')
+                for (let tries = 0; tries < 250 && !shown()?.querySelector('h1'); tries++) await pause()
+                return [null, shown()?.innerHTML ?? '']
             }""",
             node_type,
         )

@@ -66,13 +66,13 @@ PLACES = {
     "CheckpointLoaderSimple": Place(1, "Models", (360, 100)),
     "LoraLoaderModelOnly": Place(1, "Models", (360, 82)),
     "CLIPVisionLoader": Place(1, "Models", (360, 60)),
-    "LunaIPAdapterLoader": Place(1, "Models", (360, 60)),
-    "LunaSAM3Loader": Place(1, "Models", (360, 60)),
-    "LunaPrepUpscale": Place(2, "Size", (360, 130)),
-    "LunaDetectionsFromMasks": Place(2, "Regions", (360, 110)),
+    "LunaIPAdapterLoader": Place(1, "Models", (360, 90)),
+    "LunaSAM3Loader": Place(1, "Models", (360, 90)),
+    "LunaPrepUpscale": Place(2, "Size", (360, 170)),
+    "LunaDetectionsFromMasks": Place(2, "Regions", (360, 180)),
     "LunaDetectionsFromBoxes": Place(2, "Regions", (360, 300)),
-    "LunaSAM3Detect": Place(2, "Regions", (360, 200)),
-    "LunaDetectionsFilter": Place(2, "Regions", (360, 230)),
+    "LunaSAM3Detect": Place(2, "Regions", (360, 260)),
+    "LunaDetectionsFilter": Place(2, "Regions", (360, 300)),
     "CLIPTextEncode": Place(2, "Prompts", (360, 110)),
     "LunaSemanticDetailer": Place(3, "Refine regions", (330, 1120)),
     "LunaChessRefiner": Place(4, "Refine the whole picture", (330, 1060)),
@@ -80,7 +80,8 @@ PLACES = {
     "LunaDetectionsPreview": Place(6, "What happened", (300, 300)),
     "PreviewImage": Place(6, "What happened", (300, 260)),
 }
-"""Where each kind of node stands; within a group in this order. The refiners have room for notices and live preview."""
+"""Where each kind of node stands; within a group in this order. The refiners have room for notices and live preview,
+all of them for the taller rows of Nodes 2.0."""
 
 COLORS = {
     "Picture": "#8A8",

@@ -23,6 +23,9 @@ FOREIGN = (
 )
 LABEL = " ".join(FOREIGN)
 
+DETAILS = "[...document.querySelectorAll('button')].find(button => button.textContent.trim() === 'View details')"
+"""Newer pages tell of an error in a corner, and show it in a panel."""
+
 WATCH = """
     window.ran = 0
     window.added = []
@@ -136,5 +139,6 @@ def test_foreign_words_in_an_error_are_text(page: ComfyPage, bad: dict[str, Any]
     page.load_api(graph_of(bad, node("PreviewAny", source=["1", 0])), "foreign")
     with pytest.raises(BrowserError, match=quoted):
         page.queue()
-    page.browser.wait_for("document.querySelector('[role=dialog]')", 20)
+    page.browser.wait_for(f"document.querySelector('[role=dialog]') ?? {DETAILS}", 20)
+    page.browser.evaluate(f"{DETAILS}?.click()")
     assert_nothing_ran(page)

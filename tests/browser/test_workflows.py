@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ LOCALES = WORKFLOWS.parent / "locales"
 LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir())
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 PICTURE_BYTES = 60_000
+NODES_2 = "Comfy.VueNodes.Enabled"
+EARLY_NODES_2 = "Comfy.VueNodes.AutoScaleLayout"
 
 
 def canvas(name: str) -> dict[str, Any]:
@@ -161,4 +164,39 @@ def test_the_page_runs_the_detailer_and_shows_its_picture(page: ComfyPage, tmp_p
     page.browser.screenshot().save(tmp_path / "after_the_run.png")
     assert page.overlapping() == []
     assert_all_but_the_note_in_groups(page)  # pictures and live preview included
+    assert page.errors == []
+
+
+@pytest.fixture
+def nodes_2(page: ComfyPage) -> Iterator[ComfyPage]:
+    """The page with its newer design, in which nodes are elements of the page."""
+    if not page.has_setting(NODES_2) or page.has_setting(EARLY_NODES_2):
+        pytest.skip("this page has no Nodes 2.0, or an early one, which moves nodes off their places")
+    page.set_setting(NODES_2, True)
+    yield page
+    page.set_setting(NODES_2, False)
+
+
+def test_nodes_2_show_every_workflow_and_what_a_run_says(nodes_2: ComfyPage, tmp_path: Path) -> None:
+    page = nodes_2
+    for name in NAMES:
+        page.load(canvas(name), name)
+        page.browser.wait_for("document.querySelectorAll('.lg-node').length === window.app.graph.nodes.length", 20)
+        assert page.prompt() == api(name)
+        assert page.overlapping() == []
+        shown = page.node_elements()
+        for node, (kind, inputs) in ((node, (part["class_type"], part["inputs"])) for node, part in api(name).items()):
+            if kind.startswith("Luna"):
+                assert [key for key in inputs if key not in shown[node][0]] == []
+        page.browser.screenshot().save(tmp_path / f"{name}.png")
+    small = workflow("semantic_detailer", steps=2)
+    page.load(canvas("semantic_detailer"), "semantic_detailer")
+    page.set_widgets(small)
+    assert page.prompt() == small
+    (notice,) = page.queue()[node_id(small, "LunaSemanticDetailer")]["text"]
+    texts = f"[...document.querySelectorAll('.lg-node')].some(node => node.innerText.includes({json.dumps(notice)}))"
+    page.browser.wait_for(texts, 20)
+    page.browser.wait_for(f"document.querySelector('[data-node-id=\"{node_id(small, 'SaveImage')}\"] img')", 20)
+    page.browser.screenshot().save(tmp_path / "after_the_run.png")
+    assert page.node_elements()[node_id(small, "SaveImage")][1] == [(512, 512)]
     assert page.errors == []

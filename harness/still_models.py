@@ -63,7 +63,7 @@ def flux2_vae() -> Any:
     network = AutoencoderKL(ddconfig=sizes | more, embed_dim=32)
     seed_weights(network, "flux2 vae")
     with torch.no_grad():
-        network.decoder.conv_out.weight *= 0.3
+        network.get_parameter("decoder.conv_out.weight").mul_(0.3)
     told_by = {
         "decoder.conv_in.weight": torch.zeros(512, 32, 3, 3),
         "encoder.down.2.downsample.conv.weight": torch.zeros(512, 512, 3, 3),

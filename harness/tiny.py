@@ -124,7 +124,13 @@ def flux(in_channels: int = 16, text_width: int = 16, double: int = 1, single: i
 
 def svd() -> ModelPatcher:
     """A MODEL that takes the latents of a batch for the frames of a video: Stable Video Diffusion, without weights."""
-    config = {**denoiser.SD15_CONFIG, **_SMALL, "in_channels": 8, "context_dim": 1024, "adm_in_channels": 768}
+    config: dict[str, Any] = {
+        **denoiser.SD15_CONFIG,
+        **_SMALL,
+        "in_channels": 8,
+        "context_dim": 1024,
+        "adm_in_channels": 768,
+    }
     config |= {"num_classes": "sequential", "use_temporal_attention": True, "use_temporal_resblock": True}
     config |= {"merge_factor": 0.0, "merge_strategy": "learned_with_images", "video_kernel_size": [3, 1, 1]}
     settings = comfy.supported_models.SVD_img2vid(config | {"extra_ff_mix_layer": True, "use_spatial_context": True})

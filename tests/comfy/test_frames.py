@@ -149,11 +149,13 @@ def test_the_plan_counts_rows_of_one_frame(sd15: Studio, qwen: Settings) -> None
 def test_videos_are_refused_before_anything_is_sampled(sd15: Studio, qwen: Settings) -> None:
     image = photograph()
     video = torch.zeros(1, 16, 3, 64, 64)
-    carried = {
+    carried: dict[str, dict[str, Any]] = {
         "reference_latents of positive holds a video of 3": {"reference_latents": [video]},
         "concat_latent_image of positive holds a video of 3": {"concat_latent_image": video},
     }
-    given = {words: {"positive": carrying(qwen["positive"], **fields)} for words, fields in carried.items()}
+    given: dict[str, dict[str, Any]] = {
+        words: {"positive": carrying(qwen["positive"], **fields)} for words, fields in carried.items()
+    }
     given[r"noise_scaffold has shape \[1, 16, 3, 64, 64\]"] = {"noise_scaffold": {"samples": video}}
     model, calls = counting(qwen["model"])
     for words, settings in given.items():

@@ -175,13 +175,13 @@ def test_under_dual_guidance_the_negative_prompt_sees_no_reference(sd15: Studio)
     model, latent = settings["model"], settings["vae"].encode(photograph(height=SIDE, width=SIDE))
     middle = family.conditioning("middle")
 
-    def guider(*conds: list[Any]) -> Any:
-        return DualCFGGuider.execute(model, *conds, 4.0, 2.0, "regular").result[0]
+    def guider(first: list[Any], second: list[Any], third: list[Any]) -> Any:
+        return DualCFGGuider.execute(model, first, second, third, 4.0, 2.0, "regular").result[0]
 
     prompts = settings["positive"], middle, settings["negative"]
     mine = by_luna(sd15, "chess", settings | {"guider": guider(*prompts)})
     with torch.inference_mode():
-        reference = guider(*(referring(conds, latent) for conds in prompts[:2]), prompts[2])
+        reference = guider(referring(prompts[0], latent), referring(middle, latent), prompts[2])
         sigmas = comfy.samplers.KSampler(
             model, 2, torch.device("cpu"), "euler", "normal", SAMPLING["denoise"], model.model_options
         ).sigmas

@@ -185,7 +185,7 @@ def test_sides_that_are_no_multiple_of_8_keep_their_size(server: ComfyServer) ->
 
 
 def test_the_fast_workflow_runs_with_its_lora_at_automatic_sizes(server: ComfyServer) -> None:
-    fast = {"steps": 2, "crop_size": 0, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "sgm_uniform"}
+    fast: dict[str, Any] = {"steps": 2, "crop_size": 0, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "sgm_uniform"}
     graph = workflow("fast_faces", **fast)
     run = server.run(graph)
     assert run.progress(node_id(graph, "LunaSemanticDetailer"))[-1] == (5 * 2, 5 * 2)

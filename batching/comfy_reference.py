@@ -36,15 +36,13 @@ def _parameters(network: Any, method: str) -> Collection[str]:
     return () if function is None else inspect.signature(function).parameters
 
 
-def encode_references(
-    vae: Any, rows: Sequence[Row], latents: Sequence[Tensor], size: tuple[int, int]
-) -> list[Tensor | None]:
+def encode_references(vae: Any, rows: Sequence[Row], latents: Tensor, size: tuple[int, int]) -> list[Tensor | None]:
     """The reference latent of each row, of the shape of its latent; None for rows without a reference.
 
     Args:
         vae: ComfyUI's VAE.
         rows: of one working size.
-        latents: one for each row, clean.
+        latents: [N,c,h,w] or [N,c,1,h,w], clean.
         size: (height, width) px of their crops. Pictures of another aspect are cropped at the centre.
     """
     pictures = {id(own.picture): own.picture for row in rows if (own := row.reference) and own.picture is not None}

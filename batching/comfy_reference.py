@@ -42,7 +42,7 @@ def encode_references(vae: Any, rows: Sequence[Row], latents: Tensor, size: tupl
     Args:
         vae: ComfyUI's VAE.
         rows: of one working size.
-        latents: [N,...], one for each row, clean.
+        latents: [N,c,h,w] or [N,c,1,h,w], clean.
         size: (height, width) px of their crops. Pictures of another aspect are cropped at the centre.
     """
     pictures = {id(own.picture): own.picture for row in rows if (own := row.reference) and own.picture is not None}

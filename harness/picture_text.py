@@ -19,8 +19,13 @@ def picture_clip(width: int = 16) -> Any:
     class Network(Qwen25_7BVLI):
         def __init__(self, config_dict: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
             torch.nn.Module.__init__(self)
-            sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 1}
-            config = Qwen25_7BVLI_Config(**sizes, num_attention_heads=1, num_key_value_heads=1)
+            config = Qwen25_7BVLI_Config(
+                hidden_size=width,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+            )
             place = {"device": device, "dtype": dtype, "ops": operations}
             self.num_layers = config.num_hidden_layers
             self.model = Llama2_(config, **place)

@@ -111,7 +111,9 @@ def test_tiles_have_references_of_their_own(sd15: Studio, family: dict[str, Any]
 def referring(conds: list[Any], *latents: Tensor) -> list[Any]:
     """The conditioning with latents appended by ComfyUI's own node, one after the other."""
     for latent in latents:
-        conds = ReferenceLatent.execute(conds, {"samples": latent}).result[0]
+        node: Any = ReferenceLatent
+        given = {"conditioning": conds, "latent": {"samples": latent}}
+        conds = node.execute(**given).result[0] if hasattr(node, "execute") else node().append(**given)[0]
     return conds
 
 
@@ -175,13 +177,15 @@ def test_under_dual_guidance_the_negative_prompt_sees_no_reference(sd15: Studio)
     model, latent = settings["model"], settings["vae"].encode(photograph(height=SIDE, width=SIDE))
     middle = family.conditioning("middle")
 
-    def guider(first: list[Any], second: list[Any], third: list[Any]) -> Any:
-        return DualCFGGuider.execute(model, first, second, third, 4.0, 2.0, "regular").result[0]
+    def guider(*conds: list[Any]) -> Any:
+        node: Any = DualCFGGuider
+        given = (model, *conds, 4.0, 2.0, "regular")
+        return node.execute(*given).result[0] if hasattr(node, "execute") else node().get_guider(*given)[0]
 
     prompts = settings["positive"], middle, settings["negative"]
     mine = by_luna(sd15, "chess", settings | {"guider": guider(*prompts)})
     with torch.inference_mode():
-        reference = guider(referring(prompts[0], latent), referring(middle, latent), prompts[2])
+        reference = guider(*(referring(conds, latent) for conds in prompts[:2]), prompts[2])
         sigmas = comfy.samplers.KSampler(
             model, 2, torch.device("cpu"), "euler", "normal", SAMPLING["denoise"], model.model_options
         ).sigmas
@@ -316,9 +320,9 @@ class TestTextThatReadsThePicture:
     def clip(self) -> Any:
         return picture_clip()
 
-    def by_hand(self, clip: Any, settings: dict[str, Any], words: str) -> dict[str, Any]:
-        """The settings with prompts encoded as the refiner should do it for a picture that is one region."""
-        picture = photograph(height=SIDE, width=SIDE)
+    def by_hand(self, clip: Any, settings: dict[str, Any], words: str, picture: Tensor | None = None) -> dict[str, Any]:
+        """The settings with prompts encoded as the refiner should do it for a picture [1,SIDE,SIDE,3], or its own."""
+        picture = photograph(height=SIDE, width=SIDE) if picture is None else picture
         shown = comfy.utils.common_upscale(picture.movedim(-1, 1), 384, 384, "area", "disabled").movedim(1, -1)
         with torch.inference_mode():
             positive, negative = (
@@ -335,6 +339,15 @@ class TestTextThatReadsThePicture:
         assert difference(mine, by_luna(sd15, node, self.by_hand(clip, flux, words))) <= 1e-5
         assert difference(mine, by_luna(sd15, node, flux)) > EFFECT
         assert difference(mine, by_luna(sd15, node, flux | {"clip": clip, "prompt": "a photograph"})) > 1e-6
+
+    def test_a_concepts_picture_is_the_one_that_the_text_reads(
+        self, sd15: Studio, flux: dict[str, Any], clip: Any
+    ) -> None:
+        picture = PICTURE[:, :SIDE, :SIDE]
+        settings = flux | {"concepts": (Concept("*", image=picture),)}
+        mine = by_luna(sd15, "detail", settings | {"clip": clip, "prompt": "sharper"})
+        assert difference(mine, by_luna(sd15, "detail", self.by_hand(clip, settings, "sharper", picture))) <= 1e-5
+        assert difference(mine, by_luna(sd15, "detail", self.by_hand(clip, settings, "sharper"))) > 1e-6
 
     def test_a_picture_reaches_the_text_of_its_own_row_alone(
         self, sd15: Studio, flux: dict[str, Any], clip: Any

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from harness import tiny
+from harness.ip_adapter_files import build_instantx, build_pooling_head, build_xlabs
 
 FOLDER = Path(tempfile.mkdtemp(prefix="luna fuzz "))
 KEEP = -1.0
@@ -54,6 +55,8 @@ PLUS: dict[str, Tensor] = {
     "ip_adapter.1.to_k_ip.weight": torch.zeros(8, 768),
     "ip_adapter.1.to_v_ip.weight": torch.zeros(8, 768),
 }
+XLABS, INSTANTX = build_xlabs(8, 8, 1, tokens=1), build_instantx(8, 8, 2, tokens=1)
+POOLING = build_pooling_head(8) | {"vision_model.post_layernorm.weight": torch.ones(8)}
 _LAYER = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
 LORA: dict[str, Tensor] = {
     f"{_LAYER}.lora_up.weight": torch.zeros(32, 2),
@@ -143,6 +146,21 @@ def adapter_pickles(content: bytes) -> None:
 @target(st.one_of(nested((PLAIN, PLUS)), values(("image_proj", "ip_adapter", "ipadapter", "model"), arrays_too=True)))
 def adapters_of_other_loaders(given: Any) -> None:
     as_ip_adapter(given)
+
+
+@target(safetensors_files((XLABS, INSTANTX)))
+def flux_adapter_files(content: bytes) -> None:
+    load_ip_adapter(str(_written("flux.safetensors", content)))
+
+
+@target(st.one_of(safetensors_files((POOLING,)), safetensors_files((POOLING,)), st.binary(max_size=200)))
+def pooling_files(content: bytes) -> None:
+    load_ip_adapter(str(_whole_instantx()), str(_written("siglip.safetensors", content)))
+
+
+@cache
+def _whole_instantx() -> Path:
+    return _written("instantx.safetensors", save(INSTANTX))
 
 
 @cache

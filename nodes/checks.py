@@ -125,7 +125,7 @@ def _check_stills(model: ModelPatcher, vae: VAE) -> None:
             "model takes a batch for the frames of a video (Stable Video Diffusion): its rows would see each other. "
             "Use an image model"
         )
-    if isinstance(getattr(vae.first_stage_model, "decoder", None), VideoDecoder):
+    if isinstance(getattr(getattr(vae, "first_stage_model", None), "decoder", None), VideoDecoder):
         raise LunaInputError(
             "vae takes a batch for the frames of a video (Stable Video Diffusion): its rows would see each other. "
             "Use the vae of an image model"

@@ -233,7 +233,6 @@ def picture_text() -> list[Any]:
         io.String.Input(
             "prompt",
             default="",
-            multiline=True,
             dynamic_prompts=True,
             optional=True,
             tooltip="The words of positive, used only with clip: a conditioning does not carry the words it was made "

@@ -316,7 +316,7 @@ class TestWhatDoesNotFit:
         reason = unanchored(model, unet_adapter("sd15"))
         assert reason is not None
         assert "SD1.5" in reason
-        assert "XLabs or InstantX" in reason
+        assert "XLabs and InstantX" in reason
 
     def test_other_depths_and_widths_are_refused(self, model: Any) -> None:
         for single, double, kind in ((SINGLE, 1, "xlabs"), (1, DOUBLE, "instantx")):

@@ -262,7 +262,7 @@ def test_what_cannot_act_is_said(sd15: Studio, flux: dict[str, Any], caplog: pyt
     referred, notice = run(flux, "reference")
     assert notice == ""
     both, notice = run(flux | adapter, "both")
-    assert "cannot act on it: reference latents alone anchor the regions" in notice
+    assert "to act on; those of XLabs and InstantX do: reference latents alone anchor the regions" in notice
     assert torch.equal(both, referred)
     beside, notice = run(flux | adapter, "reference")
     assert "ip_adapter does not act, because anchor_mode is reference" in notice

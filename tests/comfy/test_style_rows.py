@@ -358,7 +358,7 @@ def test_what_cannot_act_is_said(sd15: Studio, redux: dict[str, Any], caplog: py
 
     caplog.clear()
     assert torch.equal(detail(sd15, redux, ip_adapter=sd15.plus)[1], usual)
-    assert "ip_adapter cannot act on it: style_model alone anchors the regions" in caplog.text
+    assert "to act on; those of XLabs and InstantX do: style_model alone anchors the regions" in caplog.text
 
 
 def test_models_are_left_as_they_were(sd15: Studio, redux: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from luna_refinement.errors import LunaInputError, LunaRuntimeError
 from luna_refinement.ip_adapter import LayerWeights
 from luna_refinement.ip_adapter.anchors import ANCHORS
+from luna_refinement.ip_adapter.comfy_flux import CARRIES_FLUX_ADAPTERS
 from luna_refinement.ip_adapter.comfy_patch import layers_for, patch_model, unanchored
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from luna_refinement.ip_adapter.layer_weights import parse_layer_weights
@@ -52,6 +53,9 @@ NEEDS_ATTENTION_PATCHES = pytest.mark.skipif(
     "attn1_output_patch" not in DoubleStreamBlock.forward.__code__.co_consts,
     reason="Flux' blocks take attention patches of other packs since ComfyUI of March 2026",
 )
+NEEDS_BLOCKS = pytest.mark.skipif(
+    not CARRIES_FLUX_ADAPTERS, reason="this ComfyUI cannot replace a block's attention: 0.3.75 and newer can"
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,7 @@ def test_the_reference_is_this_network(model: Any, cfg: float) -> None:
     assert change(sample(model, cfg), by_formula(model, cfg=cfg)) <= BOUND
 
 
+@NEEDS_BLOCKS
 @pytest.mark.parametrize("kind", KINDS)
 class TestFormula:
     @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -146,6 +151,7 @@ class TestFormula:
             weighted("middle:0")
 
 
+@NEEDS_BLOCKS
 @pytest.mark.parametrize("kind", KINDS)
 class TestRows:
     def test_another_embed_changes_its_row_and_leaves_every_other_bit_alone(self, model: Any, kind: str) -> None:
@@ -195,6 +201,7 @@ class TestRows:
         assert torch.equal(sample(model), before)
 
 
+@NEEDS_BLOCKS
 @pytest.mark.parametrize("kind", KINDS)
 class TestCalls:
     def test_prompts_in_threads_on_clones_give_the_same_bits(self, model: Any, kind: str) -> None:
@@ -245,6 +252,7 @@ class TestCalls:
         assert compiler.frame_count == count
 
 
+@NEEDS_BLOCKS
 class TestNeighbours:
     def test_two_adapters_add_up(self, model: Any) -> None:
         expected = by_formula(model, KINDS)
@@ -325,3 +333,9 @@ class TestWhatDoesNotFit:
         wide = load(build_xlabs(8, 64, DOUBLE), "wide")
         with pytest.raises(LunaInputError, match="2 layers 64 wide for Flux' blocks, model has 2 of 32"):
             layers_for(model, wide)
+
+    @pytest.mark.skipif(CARRIES_FLUX_ADAPTERS, reason="this ComfyUI carries adapters on Flux")
+    def test_a_comfyui_too_old_for_them_says_so(self, model: Any) -> None:
+        reason = unanchored(model, adapter("xlabs"))
+        assert reason is not None
+        assert "too old to carry ip_adapter on Flux; 0.3.75 and newer do" in reason

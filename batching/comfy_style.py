@@ -19,6 +19,7 @@ from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..ip_adapter.comfy_encode import PictureMemory
 from ..ip_adapter.comfy_patch import NEGATIVE
+from ..ip_adapter.flux import token_grid
 from .comfy_prompts import text_width
 from .plan import name_rows
 from .rows import Conditioning, EncodedRow, Row
@@ -143,7 +144,7 @@ class StyleTokens:
                 text, fields = entry
                 mask = self._mask(text.shape[1], tokens.shape[1], strengths, fields, size)
                 if mask is not None:
-                    fields |= {"attention_mask": mask, "attention_mask_img_shape": self._grid(*size)}
+                    fields |= {"attention_mask": mask, "attention_mask_img_shape": self._grid(size)}
                 text = text.to(device).expand(len(rows), -1, -1)
                 entry[0] = torch.cat([text, tokens.to(text)], dim=1)
 
@@ -171,10 +172,9 @@ class StyleTokens:
         output["last_hidden_state"] = seen.to(self._style.clip_vision.load_device)
         return self._style.model.get_cond(output).cpu()
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of tokens that the model makes of a latent."""
-        patch = self._model.model.diffusion_model.patch_size
-        return math.ceil(height / patch), math.ceil(width / patch)
+        return token_grid(size, self._model.model.diffusion_model.patch_size)
 
     def _mask(
         self, text: int, tokens: int, strengths: Tensor, fields: dict[str, Any], size: tuple[int, int]
@@ -194,8 +194,10 @@ class StyleTokens:
         given = given if given is not None and given.ndim == 3 else None  # Flux reads no others
         if given is None and bool((strengths == 1).all()):
             return None
-        grid = self._grid(*size)
-        references = [self._grid(*latent.shape[-2:]) for latent in fields.get("reference_latents") or ()]
+        grid = self._grid(size)
+        references = [
+            self._grid((latent.shape[-2], latent.shape[-1])) for latent in fields.get("reference_latents") or ()
+        ]
         beside = sum(math.prod(shape) for shape in (grid, *references))
         if bool((strengths == strengths[0]).all()):
             strengths = strengths[:1]

@@ -85,8 +85,9 @@ class Row:
     ) -> "EncodedRow":
         """The row with what the VAE made of its crop."""
         own = {each.name: getattr(self, each.name) for each in fields(Row)}
-        made: dict[str, Any] = {"masked": masked, "view": view, "reference_latent": reference_latent, "shown": shown}
-        return EncodedRow(latent=latent, **made, **own)
+        return EncodedRow(
+            latent=latent, masked=masked, view=view, reference_latent=reference_latent, shown=shown, **own
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,11 +82,9 @@ class AdapterLayout:
     @property
     def family(self) -> str:
         """The family of models it belongs to."""
-        return (
-            "Kolors"
-            if self.kind == "kolors"
-            else _MODELS.get(self.cross_dim, f"models with text tokens of {self.cross_dim}")
-        )
+        if self.kind == "kolors":
+            return "Kolors"
+        return _MODELS.get(self.cross_dim, f"models with text tokens of {self.cross_dim}")
 
     @property
     def reads_pooled(self) -> bool:

@@ -110,9 +110,9 @@ class AnchoredBlock(Shared):
         return image * (weight * mask)
 
 
-def token_grid(size: Size) -> Size:
-    """Rows and columns of image tokens for a latent's size."""
-    rows, columns = (-(-side // _PATCH_SIZE) for side in size)
+def token_grid(size: Size, patch_size: int = _PATCH_SIZE) -> Size:
+    """Rows and columns of image tokens for a latent's size; each token is ``patch_size`` px squared of it."""
+    rows, columns = (-(-side // patch_size) for side in size)
     return rows, columns
 
 

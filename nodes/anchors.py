@@ -1,5 +1,6 @@
 """What anchors rows: image embeddings, reference latents, both, or text only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from comfy.clip_vision import ClipVisionModel
@@ -23,15 +24,28 @@ _TEXT_ONLY = "regions are refined from text only, without anchors"
 _HINT = "; if it was trained on reference latents, as Flux Kontext was, anchor_mode reference anchors them"
 
 
+@dataclass(frozen=True)
+class Strength:
+    """How strongly pictures guide rows.
+
+    Attributes:
+        weight: of rows without one of their own.
+        start, end: part of the schedule, 0..1.
+        layers: over the depth of the model, and over the rows.
+    """
+
+    weight: float
+    start: float
+    end: float
+    layers: LayerWeights
+
+
 def choose_anchors(
     mode: AnchorMode,
     model: ModelPatcher,
     ip_adapter: Any,
     clip_vision: ClipVisionModel | None,
-    weight: float,
-    start_percent: float,
-    end_percent: float,
-    layer_weights: LayerWeights | None,
+    strength: Strength,
     style: Style | None = None,
 ) -> tuple[Anchor | None, bool, list[str]]:
     """The IP-Adapter's anchor or None, whether rows get reference latents, and the reasons for what cannot act.
@@ -50,9 +64,7 @@ def choose_anchors(
         if ip_adapter is not None:
             reasons.append("ip_adapter does not act, because anchor_mode is reference")
     elif ip_adapter is not None or style is None:
-        anchor, reason = choose_anchor(
-            model, ip_adapter, clip_vision, weight, start_percent, end_percent, layer_weights
-        )
+        anchor, reason = _choose_anchor(model, ip_adapter, clip_vision, strength)
         reasons += [reason] if reason else []
     if mode != "ip_adapter" and not able:
         reasons.append(f"model reads no reference latents, which anchor_mode {mode} needs")
@@ -93,14 +105,11 @@ def choose_words(clip: CLIP | None, prompt: str, references: bool, recipe: Recip
     return words, []
 
 
-def choose_anchor(
+def _choose_anchor(
     model: ModelPatcher,
     ip_adapter: Any,
     clip_vision: ClipVisionModel | None,
-    weight: float,
-    start_percent: float,
-    end_percent: float,
-    layer_weights: LayerWeights | None,
+    strength: Strength,
 ) -> tuple[Anchor | None, str | None]:
     """The IP-Adapter's anchor, or None with the reason why it cannot act.
 
@@ -114,27 +123,23 @@ def choose_anchor(
             "ip_adapter is connected but clip_vision is not: connect Load CLIP Vision with the encoder "
             "the adapter was trained with (usually ViT-H), or disconnect ip_adapter"
         )
-    if start_percent > end_percent:
+    if strength.start > strength.end:
         raise LunaInputError(
-            f"ip_adapter_start is {start_percent} and ip_adapter_end {end_percent}: the end must not come first"
+            f"ip_adapter_start is {strength.start} and ip_adapter_end {strength.end}: the end must not come first"
         )
     adapter = as_ip_adapter(ip_adapter)
     if reason := unanchored(model, adapter):
         return None, reason
     check_compatible(model, adapter, clip_vision)
-    layer_weights = layer_weights or LayerWeights()
-    layer_weights.resolve(layers_for(model, adapter))
-    return Anchor(adapter, clip_vision, weight, start_percent, end_percent, layer_weights), None
+    strength.layers.resolve(layers_for(model, adapter))
+    return Anchor(adapter, clip_vision, strength.weight, strength.start, strength.end, strength.layers), None
 
 
 def choose_style(
     model: ModelPatcher,
     style_model: Any,
     clip_vision: ClipVisionModel | None,
-    weight: float,
-    start_percent: float,
-    end_percent: float,
-    layer_weights: LayerWeights | None,
+    strength: Strength,
 ) -> tuple[Style | None, list[str]]:
     """How pictures guide rows through their text, or None, with what the user should know.
 
@@ -151,11 +156,10 @@ def choose_style(
             "model was trained with (sigclip_vision_patch14_384), or disconnect style_model"
         )
     check_style(model, style_model, clip_vision)
-    layer_weights = layer_weights or LayerWeights()
     warnings = []
-    if (start_percent, end_percent) != (0, 1) or not layer_weights.is_even:
+    if (strength.start, strength.end) != (0, 1) or not strength.layers.is_even:
         warnings.append(
             "style_model acts in the whole model and at every step: ip_adapter_start, ip_adapter_end and the depth in "
             "layer_weights do not change it"
         )
-    return Style(style_model, clip_vision, weight, layer_weights), warnings
+    return Style(style_model, clip_vision, strength.weight, strength.layers), warnings

@@ -118,7 +118,7 @@ _WITH_SOUND = {"LTXAV", "MiniMaxH3"}
 
 def _check_stills(model: ModelPatcher, vae: VAE) -> None:
     """Raises LunaInputError where a batch cannot be one of pictures that do not see each other."""
-    if getattr(vae, "latent_dim", 2) == 1 or _WITH_SOUND & {kind.__name__ for kind in type(model.model).__mro__}:
+    if getattr(vae, "latent_dim", 2) == 1 or _is_one_of(model, _WITH_SOUND):
         raise LunaInputError("model works on sound: Luna refines pictures, use an image model and its vae")
     if model.model.model_config.unet_config.get("use_temporal_attention"):
         raise LunaInputError(
@@ -138,12 +138,17 @@ _MASKS_ARE_FRAMES = {"CosmosPredict2", "WAN22"}
 
 def mask_notices(model: ModelPatcher) -> list[str]:
     """What is said where latents are masked on a model that is told less noise the less of its frame may change."""
-    if not _MASKS_ARE_FRAMES & {kind.__name__ for kind in type(model.model).__mro__}:
+    if not _is_one_of(model, _MASKS_ARE_FRAMES):
         return []
     return [
         "ComfyUI tells this model less noise the less of a crop may change, because it reads a latent mask as frames "
         "that are given: regions come out noisier. Turn mask_latent off, or leave out refined_mask"
     ]
+
+
+def _is_one_of(model: ModelPatcher, classes: set[str]) -> bool:
+    """Whether a model is of one of ComfyUI's classes; by name, since not every release has them."""
+    return any(kind.__name__ in classes for kind in type(model.model).__mro__)
 
 
 _WHOLE_BATCH_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}

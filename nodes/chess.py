@@ -28,7 +28,7 @@ from ..errors import LunaInputError
 from ..ip_adapter import LayerWeights
 from ..sam3_bridge.from_masks import Picture, as_masks
 from . import inputs
-from .anchors import choose_anchors, choose_style, choose_words
+from .anchors import Strength, choose_anchors, choose_style, choose_words
 from .checks import (
     cache_notices,
     check_depth,
@@ -151,10 +151,10 @@ class LunaChessRefiner(io.ComfyNode):
         check_models(recipe.model, vae, tile_size)
         check_depth(recipe.model, vae, tile_size, "tile_size", cfg)
         check_prompts(recipe.model, recipe.conditioning)
-        strength = (ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights)
-        style, of_style = choose_style(recipe.model, style_model, clip_vision, *strength)
+        strength = Strength(ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights or LayerWeights())
+        style, of_style = choose_style(recipe.model, style_model, clip_vision, strength)
         anchor, references, warnings = choose_anchors(
-            anchor_mode, recipe.model, ip_adapter, clip_vision, *strength, style
+            anchor_mode, recipe.model, ip_adapter, clip_vision, strength, style
         )
         words, of_words = choose_words(clip, prompt, references, recipe)
         cell = vae.spacial_compression_encode()

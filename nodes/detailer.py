@@ -29,7 +29,7 @@ from ..batching.rows import AnchorMode
 from ..ip_adapter import LayerWeights
 from ..picture.detections import Detections
 from . import inputs
-from .anchors import choose_anchors, choose_style, choose_words
+from .anchors import Strength, choose_anchors, choose_style, choose_words
 from .checks import (
     cache_notices,
     check_depth,
@@ -150,10 +150,10 @@ class LunaSemanticDetailer(io.ComfyNode):
         plan = plan_detections(found.items, width, height, count, crops, seed)
         if not plan.regions:
             return _unchanged(image, plan, notice("detections holds no regions: the picture passes through unchanged"))
-        strength = (ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights)
-        style, of_style = choose_style(recipe.model, style_model, clip_vision, *strength)
+        strength = Strength(ip_adapter_weight, ip_adapter_start, ip_adapter_end, layer_weights or LayerWeights())
+        style, of_style = choose_style(recipe.model, style_model, clip_vision, strength)
         anchor, references, warnings = choose_anchors(
-            anchor_mode, recipe.model, ip_adapter, clip_vision, *strength, style
+            anchor_mode, recipe.model, ip_adapter, clip_vision, strength, style
         )
         words, of_words = choose_words(clip, prompt, references, recipe)
         rows = rows_for(plan, recipe, anchor, concepts, style, references, words)

@@ -1,18 +1,21 @@
 """Batches of latents that Flux samples on a tiny network, anchored by XLabs' and InstantX' adapters."""
 
+from pathlib import Path
 from typing import Any
 
 import comfy.samplers
 import torch
-from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, _from_weights
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, _from_weights, load_ip_adapter
 from luna_refinement.ip_adapter.embeds import RowEmbeds
 from luna_refinement.ip_adapter.files import split_weights
+from safetensors.torch import save_file
 from torch import Tensor
 
 from harness import tiny
 from harness.anchored_sampling import plain_guider
 from harness.ip_adapter_files import FLUX_CROSS, build_instantx, build_xlabs
 from harness.seeding import StateDict, generator_for
+from harness.still_models import flux_vae
 
 DOUBLE, SINGLE, ROWS, HEIGHT, WIDTH = 2, 2, 3, 8, 12
 KINDS = ("xlabs", "instantx")
@@ -57,3 +60,18 @@ def sample(model: Any, cfg: float = 3.0, noise: Tensor = NOISE, prompts: dict[st
     sampler = comfy.samplers.sampler_object("euler")
     with torch.inference_mode():
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas_of(model), disable_pbar=True, seed=1)
+
+
+def refiner_settings(kind: str, folder: Path) -> dict[str, Any]:
+    """A refiner's inputs, with the adapter as the loader node gives it."""
+    model, file = network(), folder / f"{kind}.safetensors"
+    save_file(file_of(kind), file)
+    clip_vision, siglip = tiny.siglip_file(folder) if kind == "instantx" else (tiny.clip_vision(folder), None)
+    return {
+        "model": model,
+        "vae": flux_vae(),
+        "positive": PROMPTS["positive"],
+        "negative": PROMPTS["negative"],
+        "clip_vision": clip_vision,
+        "ip_adapter": load_ip_adapter(str(file), None if siglip is None else str(siglip)),
+    }

@@ -1,7 +1,7 @@
 """Runs of the refiner nodes in process, on tiny models in the real layouts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,18 @@ def detections(image: Tensor, boxes: Sequence[Sequence[float]] = BOXES, on: Sequ
     places = on or [0] * len(boxes)
     items = [Detection(place, (b[0], b[1], b[2], b[3])) for place, b in zip(places, boxes, strict=True)]
     return Detections(tuple(items), image.shape[2], image.shape[1], image.shape[0])
+
+
+def labelled(image: Tensor, labels: Sequence[str]) -> Detections:
+    """The first boxes of a photograph, each of a label of its own."""
+    found = detections(image, BOXES[: len(labels)])
+    items = tuple(replace(item, label=label) for item, label in zip(found.items, labels, strict=True))
+    return replace(found, items=items)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest of any two numbers in the same place."""
+    return float((a - b).abs().max())
 
 
 def adapter_halves(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -1,23 +1,17 @@
 """Everything that can anchor a row of Flux at once: an IP-Adapter, Redux tokens and a reference latent."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import pytest
 import torch
 from luna_refinement.batching.concepts import Concept
-from luna_refinement.ip_adapter.comfy_adapter import load_ip_adapter
 from luna_refinement.ip_adapter.comfy_patch import CARRIES_FLUX_ADAPTERS
-from luna_refinement.picture.detections import Detections
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harness import tiny
-from harness.flux_sampling import PROMPTS, file_of, network
-from harness.refining import BOXES, Studio, counting, detections, photograph
-from harness.vae import build_vae
+from harness.flux_sampling import refiner_settings
+from harness.refining import Studio, counting, difference, labelled, photograph
 
 BOUND = 1e-4
 EFFECT = 1e-3
@@ -36,16 +30,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     """A refiner's inputs with all of them; InstantX' adapter and Redux share their SigLIP."""
-    model = network()
-    save_file(file_of("instantx"), tmp_path / "instantx.safetensors")
-    clip_vision, file = tiny.siglip_file(tmp_path)
-    return {
-        "model": model,
-        "vae": comfy.sd.VAE(sd=build_vae(model.model.latent_format.scale_factor, latent_channels=16)),
-        "positive": PROMPTS["positive"],
-        "negative": PROMPTS["negative"],
-        "clip_vision": clip_vision,
-        "ip_adapter": load_ip_adapter(str(tmp_path / "instantx.safetensors"), str(file)),
+    return refiner_settings("instantx", tmp_path) | {
         "ip_adapter_weight": 0.7,
         "style_model": tiny.style_model(hidden=48),
         "anchor_mode": "both",
@@ -53,19 +38,10 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def three(image: Tensor) -> Detections:
-    found = detections(image, BOXES[:3])
-    return replace(found, items=tuple(replace(item, label=name) for item, name in zip(found.items, "abc", strict=True)))
-
-
 def rows(studio: Studio, settings: dict[str, Any], *concepts: Concept, **changes: Any) -> Tensor:
     """[3,64,64,3]: the three refined crops."""
     image = photograph()
-    return studio.detail(image, three(image), concepts=concepts, mask_latent=False, **(settings | changes))[3]
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    return studio.detail(image, labelled(image, "abc"), concepts=concepts, mask_latent=False, **(settings | changes))[3]
 
 
 def test_all_of_them_act_in_one_call(sd15: Studio, settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:

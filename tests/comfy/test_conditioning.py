@@ -12,14 +12,10 @@ from luna_refinement.picture.detections import Detection, Detections
 
 from harness import tiny
 from harness.engines import groups
-from harness.refining import BOXES, Studio, counting, detections, photograph
+from harness.refining import BOXES, Studio, counting, detections, difference, photograph
 
 BOUND = 1e-4
 LEFT, RIGHT = (20.0, 180.0, 120.0, 280.0), (380.0, 60.0, 460.0, 140.0)
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 def with_fields(conds: list[Any], **fields: Any) -> list[Any]:

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import folder_paths
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from luna_refinement.batching.comfy_prompts import check_prompts
 from luna_refinement.errors import LunaInputError
-from luna_refinement.ip_adapter.comfy_adapter import IPAdapter, load_ip_adapter
+from luna_refinement.ip_adapter.comfy_adapter import IPAdapter
 from luna_refinement.ip_adapter.comfy_patch import layers_for
 from luna_refinement.ip_adapter.files import AdapterLayout
 from luna_refinement.nodes.ip_adapter import LunaApplyIPAdapter, LunaIPAdapterEmbeds, LunaIPAdapterLoader
@@ -18,9 +17,8 @@ from safetensors.torch import save_file
 
 from harness import denoiser, tiny
 from harness.anchored_sampling import change
-from harness.flux_sampling import KINDS, PROMPTS, file_of, network, sample
+from harness.flux_sampling import KINDS, file_of, refiner_settings, sample
 from harness.refining import Studio, detections, photograph
-from harness.vae import build_vae
 
 ACTS = 1e-3  # a change no rounding makes
 
@@ -30,17 +28,7 @@ class TestNodes:
     @pytest.fixture
     def settings(self, kind: str, tmp_path: Path) -> dict[str, Any]:
         """A refiner's inputs, with the adapter as the loader node gives it."""
-        model, file = network(), tmp_path / f"{kind}.safetensors"
-        save_file(file_of(kind), file)
-        clip_vision, siglip = tiny.siglip_file(tmp_path) if kind == "instantx" else (tiny.clip_vision(tmp_path), None)
-        return {
-            "model": model,
-            "vae": comfy.sd.VAE(sd=build_vae(model.model.latent_format.scale_factor, latent_channels=16)),
-            "positive": PROMPTS["positive"],
-            "negative": PROMPTS["negative"],
-            "clip_vision": clip_vision,
-            "ip_adapter": load_ip_adapter(str(file), None if siglip is None else str(siglip)),
-        }
+        return refiner_settings(kind, tmp_path)
 
     def test_both_refiners_anchor_rows(
         self, sd15: Studio, settings: dict[str, Any], kind: str, caplog: pytest.LogCaptureFixture

@@ -6,13 +6,9 @@ import torch
 from comfy_extras.nodes_tomesd import TomePatchModel
 from luna_refinement.errors import LunaRuntimeError
 
-from harness.refining import BOXES, Studio, counting, detections, photograph
+from harness.refining import BOXES, Studio, counting, detections, difference, photograph
 
 BOUND = 1e-4  # of the picture's scale, which is that of the latents divided by the VAE's range
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 @pytest.mark.parametrize("sampler_name", ["euler", "dpmpp_2m_sde", "euler_ancestral"])

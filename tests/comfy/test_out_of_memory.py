@@ -17,16 +17,12 @@ from luna_refinement.ip_adapter.comfy_encode import encode_rows
 
 from harness import tiny
 from harness.anchored_sampling import adapter
-from harness.refining import Studio, detections, photograph
+from harness.refining import Studio, detections, difference, photograph
 
 BOUND = 1e-4
 needs_is_oom = pytest.mark.skipif(
     not hasattr(comfy.model_management, "is_oom"), reason="this ComfyUI does not tell torch.AcceleratorError apart"
 )
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 def full() -> Exception:

@@ -1,6 +1,5 @@
 """Rows anchored by reference latents of their own: on models whose network reads these, built of ComfyUI's classes."""
 
-from dataclasses import replace
 from typing import Any
 
 import comfy.model_base
@@ -20,12 +19,11 @@ from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.grid import TileSettings, plan_tiles
 from luna_refinement.batching.noise import row_noise
 from luna_refinement.errors import LunaInputError
-from luna_refinement.picture.detections import Detections
 from torch import Tensor
 
 from harness import tiny
 from harness.picture_text import picture_clip
-from harness.refining import BOXES, Studio, counting, detections, photograph
+from harness.refining import Studio, counting, detections, difference, labelled, photograph
 from harness.still_models import FAMILIES
 
 BOUND = 1e-4
@@ -61,19 +59,10 @@ def flux() -> dict[str, Any]:
     return settings_of("flux") | USUAL
 
 
-def three(image: Tensor) -> Detections:
-    found = detections(image, BOXES[:3])
-    return replace(found, items=tuple(replace(item, label=name) for item, name in zip(found.items, "abc", strict=True)))
-
-
 def rows(studio: Studio, settings: dict[str, Any], *concepts: Concept, **changes: Any) -> Tensor:
     """[3,SIDE,SIDE,3]: the three refined crops."""
     image = photograph()
-    return studio.detail(image, three(image), crop_size=SIDE, concepts=concepts, **(settings | changes))[3]
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    return studio.detail(image, labelled(image, "abc"), crop_size=SIDE, concepts=concepts, **(settings | changes))[3]
 
 
 def test_a_reference_reaches_its_own_row_alone(sd15: Studio, family: dict[str, Any]) -> None:
@@ -86,7 +75,7 @@ def test_a_reference_reaches_its_own_row_alone(sd15: Studio, family: dict[str, A
 
 def test_rows_with_references_of_their_own_are_not_rows_with_one_for_all(sd15: Studio, family: dict[str, Any]) -> None:
     image = photograph()
-    first = sd15.detail(image, three(image), crop_size=SIDE, **family)[2][:1]  # the crop of row 0
+    first = sd15.detail(image, labelled(image, "abc"), crop_size=SIDE, **family)[2][:1]  # the crop of row 0
     own, shared = rows(sd15, family), rows(sd15, family, Concept("*", image=first))
     assert difference(own[0], shared[0]) <= 1e-5
     assert all(difference(own[row], shared[row]) > EFFECT for row in (1, 2))
@@ -222,9 +211,9 @@ def test_the_model_is_left_as_it_was_and_the_same_inputs_give_the_same(sd15: Stu
 
 def test_px_outside_and_a_denoise_of_zero_keep_their_bits(sd15: Studio, flux: dict[str, Any]) -> None:
     image = photograph()
-    refined, mask = sd15.detail(image, three(image), **flux)[:2]
+    refined, mask = sd15.detail(image, labelled(image, "abc"), **flux)[:2]
     assert torch.equal(refined[mask == 0], image[mask == 0])
-    assert torch.equal(sd15.detail(image, three(image), **(flux | {"denoise": 0.0}))[0], image)
+    assert torch.equal(sd15.detail(image, labelled(image, "abc"), **(flux | {"denoise": 0.0}))[0], image)
 
 
 def test_references_are_counted_where_rows_are_told_to_fit(sd15: Studio, flux: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from harness import tiny
 from harness.engines import ExactEngine, refine
-from harness.refining import Studio, counting, detections, photograph
+from harness.refining import Studio, counting, detections, difference, photograph
 
 BOUND = 1e-4
 SIDE = 72
@@ -41,10 +41,6 @@ ANCHORS: list[dict[str, Any]] = [
     {"weight": 0.3}, {"weight": -0.5}, {"start": 0.6}, {"end": 0.6},
     {"layer_weights": LayerWeights("none", (("middle", 1.5),))},
 ]  # fmt: skip
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 def only_plan(node: str, seed: int) -> RefinePlan:

@@ -15,7 +15,7 @@ from luna_refinement.batching.crop_plan import CropSettings, plan_detections
 from luna_refinement.batching.noise import row_noise
 from torch import Tensor
 
-from harness.refining import BOXES, Studio, counting, detections, photograph
+from harness.refining import BOXES, Studio, counting, detections, difference, photograph
 from harness.still_models import FAMILIES
 
 BOUND = 1e-4  # of the picture's scale
@@ -40,10 +40,6 @@ settings_of = cache(make_settings)
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Settings:
     return settings_of(request.param)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 def by_core(family: Settings, latents: Tensor, noise: Tensor) -> Tensor:

@@ -19,15 +19,14 @@ from luna_refinement.batching.plan import Region
 from luna_refinement.batching.rows import EncodedRow, RowAnchor
 from luna_refinement.errors import LunaInputError
 from luna_refinement.ip_adapter import LayerWeights
-from luna_refinement.picture.detections import Detections
 from safetensors.torch import save_file
 from torch import Tensor
 
 import nodes
 from harness import tiny
-from harness.refining import Studio, counting, detections, photograph
+from harness.refining import Studio, counting, difference, labelled, photograph
 from harness.seeding import fan_in_scaled, generator_for
-from harness.vae import build_vae
+from harness.still_models import flux_vae
 
 BOUND = 1e-4
 LABELS = ("face", "hand", "eye")
@@ -46,7 +45,7 @@ def redux_settings(folder: Path, width: int = 16) -> dict[str, Any]:
     model = tiny.flux(text_width=width)
     return {
         "model": model,
-        "vae": comfy.sd.VAE(sd=build_vae(model.model.latent_format.scale_factor, latent_channels=16)),
+        "vae": flux_vae(),
         "positive": text("positive", width=width),
         "negative": text("negative", width=width),
         "clip_vision": tiny.siglip(folder),
@@ -61,23 +60,18 @@ def redux(tmp_path: Path) -> dict[str, Any]:
     return redux_settings(tmp_path)
 
 
-def found(image: Tensor, count: int = 3) -> Detections:
-    """The first detections of a photograph, each of a label of its own."""
-    whole = detections(image)
-    items = tuple(replace(item, label=label) for item, label in zip(whole.items, LABELS[:count], strict=False))
-    return replace(whole, items=items)
-
-
 def detail(studio: Studio, settings: dict[str, Any], count: int = 3, **more: Any) -> tuple[Tensor, Tensor]:
     """The crops of the rows before and after."""
     image = photograph()
-    results = studio.detail(image, found(image, count), mask_latent=False, **(settings | more))
+    results = studio.detail(image, labelled(image, LABELS[:count]), mask_latent=False, **(settings | more))
     return results[2], results[3]
 
 
 def regions(count: int = 3, size: int = 64) -> Sequence[Region]:
     image = photograph()
-    return plan_detections(found(image, count).items, 512, 512, 1, CropSettings(size, 0.15, 8), seed=7).regions
+    return plan_detections(
+        labelled(image, LABELS[:count]).items, 512, 512, 1, CropSettings(size, 0.15, 8), seed=7
+    ).regions
 
 
 def by_core(settings: dict[str, Any], crop: Tensor, region: Region, strength: float, kind: str = "attn_bias") -> Tensor:
@@ -96,10 +90,6 @@ def by_core(settings: dict[str, Any], crop: Tensor, region: Region, strength: fl
             noise, positive, settings["negative"], cfg=3.0, latent_image=latent, disable_pbar=True, seed=7
         )
         return vae.decode(sampled)[..., :3]
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 def recording(model: Any) -> tuple[Any, list[dict[str, Any]]]:
@@ -154,7 +144,7 @@ def test_a_crop_that_changes_changes_its_own_row_alone(sd15: Studio, redux: dict
     dark = image.clone()
     crop = regions()[0].crop
     dark[:, crop.y1 : crop.y2, crop.x1 : crop.x2] *= 0.5
-    first, second = (sd15.detail(picture, found(image), **redux)[3] for picture in (image, dark))
+    first, second = (sd15.detail(picture, labelled(image, LABELS), **redux)[3] for picture in (image, dark))
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first[1:], second[1:])
 
@@ -343,9 +333,9 @@ def test_what_does_not_go_together_is_refused(sd15: Studio, redux: dict[str, Any
 
 def test_what_cannot_act_is_said(sd15: Studio, redux: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     image = photograph()
-    plain = sd15.detail(image, found(image))
+    plain = sd15.detail(image, labelled(image, LABELS))
     caplog.clear()
-    styled = sd15.detail(image, found(image), style_model=redux["style_model"])
+    styled = sd15.detail(image, labelled(image, LABELS), style_model=redux["style_model"])
     assert "model is no Flux, so style_model cannot act on it" in caplog.text
     assert torch.equal(plain[0], styled[0])
 
